@@ -1,0 +1,95 @@
+"""Who attends to whom: the ways a self-attention layer can be given keys and values beside the chunk's own.
+
+The backbone computes rotated queries and keys and calls `pattern(layer, query, key, value)`; it does not know which
+pattern, or which memory behind it, is in use. All tensors [B, N, H, D]; softmax scale 1 / sqrt(D), accumulated in fp32
+by the kernel.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Pattern(Protocol):
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of query [B, N, H, D] over key, value [B, M, H, D]; mask broadcasts to [B, H, N, M]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+class Dense:
+    """Tokens of one call attend to each other; `sees` [F, F] says which latent frame sees which (None: all see all)."""
+
+    def __init__(self, sees: Tensor | None = None):
+        self.sees = sees
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.sees is None:
+            return attend(query, key, value)
+        per_frame = query.shape[1] // self.sees.shape[0]
+        mask = self.sees.repeat_interleave(per_frame, 0).repeat_interleave(per_frame, 1)
+        return attend(query, key, value, mask)
+
+
+class Buffered:
+    """Streaming: every layer attends to [what was read from memory | the chunk's own tokens].
+
+    `context` holds per layer rotated keys and values [B, M, H, D]. Without gradients the chunk's own keys and values are
+    written into the tail of one buffer that lives as long as the chunk, so that no denoising step clones or joins caches.
+    """
+
+    def __init__(self, context: Sequence[tuple[Tensor, Tensor]]):
+        self.context = context
+        self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * len(context)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        past_key, past_value = self.context[layer]
+        past = past_key.shape[1]
+        if past == 0:
+            return attend(query, key, value)
+        if torch.is_grad_enabled() and (key.requires_grad or past_key.requires_grad):
+            return attend(query, torch.cat((past_key, key), 1), torch.cat((past_value, value), 1))
+        buffer = self.buffers[layer]
+        if buffer is None:
+            buffer = (torch.cat((past_key, key), 1), torch.cat((past_value, value), 1))
+            self.buffers[layer] = buffer
+        else:
+            buffer[0][:, past:], buffer[1][:, past:] = key, value
+        return attend(query, *buffer)
+
+
+class Rows:
+    """Training: batch rows are chunks, and row r attends to the tokens of the rows in table[r], always including itself.
+
+    table [R, K] holds row numbers, -1 for nothing. hidden [R, N], if given, is True for tokens that other rows must not
+    see (a row always sees all of itself). Explicit matrix products: on CPUs they are faster than the fused kernel in the
+    backward pass of many short sequences.
+    """
+
+    def __init__(self, table: Tensor, tokens: int, hidden: Tensor | None = None):
+        rows, reads = table.shape
+        self.index = table.clamp(min=0).flatten()
+        closed = (table < 0)[..., None].expand(rows, reads, tokens)
+        if hidden is not None:
+            closed = closed | hidden[self.index].view(rows, reads, tokens)
+        closed = torch.cat((closed.flatten(1), torch.zeros(rows, tokens, dtype=torch.bool, device=table.device)), 1)
+        self.bias = torch.zeros(rows, 1, 1, closed.shape[1], device=table.device).masked_fill_(
+            closed[:, None, None], float("-inf")
+        )
+        self.reads = reads
+
+    def gather(self, x: Tensor) -> Tensor:  # [R, N, H, D] -> [R, H, (K + 1) N, D]
+        rows, tokens, heads, dim = x.shape
+        read = x.index_select(0, self.index).view(rows, self.reads * tokens, heads, dim)
+        return torch.cat((read, x), 1).transpose(1, 2)
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = query.transpose(1, 2), self.gather(key), self.gather(value)
+        weights = (q * query.shape[-1] ** -0.5) @ k.transpose(-1, -2) + self.bias.to(q.dtype)
+        return (weights.softmax(-1) @ v).transpose(1, 2)  # the kernel sums in fp32 whatever the input's dtype

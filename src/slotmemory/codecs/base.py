@@ -1,0 +1,116 @@
+"""What every video codec offers, and how pixels are written down.
+
+Pixels are uint8 RGB [T, 3, H, W] at the edge (files, renderer, page) and float RGB in [-1, 1] [B, T, 3, H, W] inside.
+Time is causal: latent frame 0 is pixel frame 0 alone, every later latent frame is `time_stride` pixel frames, so
+`frames = time_stride * (latents - 1) + 1`. Latents are normalised: about zero mean and unit variance per channel.
+This module does not know any network, and nothing about what the pixels show.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+State = dict[str, list[Tensor]]
+"""What a codec remembers of one stream: a plain tree of tensors, never changed in place."""
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Video <-> latents, whole or streamed; the model is stateless, a stream's state goes in and comes out."""
+
+    space_stride: int
+    time_stride: int
+    latent_channels: int
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, T, 3, H, W] in [-1, 1] -> latents [B, L, C, h, w]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, L, C, h, w] -> video [B, T, 3, H, W] in [-1, 1]."""
+        ...
+
+    def start(self) -> State:
+        """Return the state of a stream of which nothing has been seen."""
+        ...
+
+    def push(self, latents: Tensor, state: State) -> tuple[Tensor, State]:
+        """Decode the next latents [B, L, C, h, w] -> their frames, state."""
+        ...
+
+    def feed(self, video: Tensor, state: State) -> tuple[Tensor, State]:
+        """Encode the next frames [B, T, 3, H, W] -> the latents completed by them, state."""
+        ...
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 [...] in [0, 255] -> float32 [...] in [-1, 1]."""
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"pixels are {pixels.dtype}, expected torch.uint8 in [0, 255]")
+    return pixels.to(torch.float32) / 127.5 - 1.0
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """float [...] in [-1, 1] (clamped) -> uint8 [...] in [0, 255], rounded to nearest."""
+    return ((video.to(torch.float32) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def num_latents(frames: int, time_stride: int = 4) -> int:
+    """Latent frames that `frames` pixel frames fill; raises ValueError if the last group is incomplete."""
+    if frames < 1 or (frames - 1) % time_stride:
+        below = max(1, (frames - 1) // time_stride * time_stride + 1)
+        raise ValueError(
+            f"frames={frames} is not {time_stride} * n + 1; use {below} or {below + time_stride}, or `feed` for a stream"
+        )
+    return (frames - 1) // time_stride + 1
+
+
+def num_frames(latents: int, time_stride: int = 4) -> int:
+    """Pixel frames that `latents` latent frames decode to."""
+    return time_stride * (latents - 1) + 1 if latents else 0
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file -> tensors by name, metadata; one-line ValueError if it is missing or damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}: expected a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, RuntimeError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is truncated or no safetensors file ({detail}); {path.stat().st_size} bytes found"
+        ) from None
+
+
+def read_metadata_json(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
+    """Parse the JSON kept under `key` of a safetensors header; one-line ValueError if it is absent or damaged."""
+    if key not in metadata:
+        raise ValueError(f"{path} has no {key!r} in its metadata; found {sorted(metadata) or 'none'}")
+    try:
+        return json.loads(metadata[key])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: metadata {key!r} is no JSON ({error})") from None
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a one-line ValueError naming the first tensor that is missing, misshapen or unknown."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"{path} lacks the tensor {name!r}: expected shape {tuple(tensor.shape)}, found none")
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
+            )
+    for name, tensor in found.items():
+        if name not in expected:
+            raise ValueError(f"{path} has an unknown tensor {name!r} of shape {tuple(tensor.shape)}, expected none")

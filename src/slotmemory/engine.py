@@ -1,0 +1,125 @@
+"""The stateless bundle a session runs on: backbone, codec, text encoder, sampler and memory.
+
+One engine serves any number of sessions. It knows how to be assembled, not how a chunk is made (`session.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slotmemory import memory as memories
+from slotmemory.backbones.causal_wan import CausalWan
+from slotmemory.codecs.base import Codec
+from slotmemory.errors import InputError
+from slotmemory.layout import Layout
+from slotmemory.memory import Memory
+from slotmemory.sampler import Euler, FewStep
+from slotmemory.script import Script
+from slotmemory.session import Chunk, Session
+
+
+class Text:
+    """What a text encoder offers: `encode(prompts) -> embeddings [B, L, C], words [B]`, and `check(prompt)`."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def check(self, prompt: str) -> None:
+        """Raise ValueError for a prompt the encoder cannot take."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Everything a stream needs that does not change. `context_noise` is the noise level (sigma) of clean passes."""
+
+    backbone: CausalWan
+    codec: Codec
+    text: Text
+    sampler: FewStep | Euler
+    memory: Memory
+    layout: Layout
+    context_noise: float = 0.0
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = "tiny",
+        memory: str = "slots",
+        budget: int | None = None,
+        steps: Sequence[int] | int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Load a model by name or folder and give it a memory.
+
+        memory: a name (`slotmemory memories`) or the path of a policy file; options are that memory's arguments.
+        budget: tokens per layer it may read. steps: a few-step list such as [1000, 750, 500, 250], or a number of Euler
+        steps. dtype: default bf16 where the processor multiplies it natively, else fp32.
+        """
+        from slotmemory.models import load
+
+        engine = load(model, torch.device(device), dtype)
+        if steps is not None:
+            engine = engine.with_steps(steps)
+        return engine.with_memory(memory, budget, **options)
+
+    def with_memory(self, name: str, budget: int | None = None, **options: Any) -> Engine:
+        """Return the same engine with another memory; weights are shared."""
+        policy = memories.build(name, self.layout, budget, **self.defaults_for(name, options))
+        return replace(self, memory=policy.to(self.device).eval().requires_grad_(False))
+
+    def defaults_for(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        """The memory arguments that the loaded model was trained for, where the policy has them and none were given."""
+        known = memories.arguments(memories.find(name))
+        return {k: v for k, v in self.memory_defaults.items() if k in known} | options
+
+    memory_defaults: dict[str, Any] = None  # set by the model's settings
+
+    def with_steps(self, steps: Sequence[int] | int) -> Engine:
+        schedule = self.sampler.schedule
+        sampler = Euler(steps, schedule) if isinstance(steps, int) else FewStep(tuple(steps), schedule)
+        sampler.timesteps  # noqa: B018 - an impossible list fails here, not in the middle of a stream
+        return replace(self, sampler=sampler)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    def session(self, script: Script | dict[int, str] | str, seed: int | Sequence[int] | None = None) -> Session:
+        """Open a stream. script: a Script, prompts by the chunk they start at, or one prompt for a live stream.
+
+        seed: one stream; a sequence of seeds: a batch of streams of the same script.
+        """
+        if isinstance(script, Script):
+            schedule = script.schedule(self.layout)
+            prompts = {schedule.chunks_of(i).start: shot.prompt for i, shot in enumerate(script.shots)}
+            chunks = schedule.chunks
+            seed = script.seed if seed is None else seed
+        else:
+            prompts, chunks = ({0: script} if isinstance(script, str) else script), None
+        for chunk, prompt in prompts.items():
+            try:
+                self.text.check(prompt)
+            except ValueError as error:
+                raise InputError(f"prompt at chunk {chunk}: {error}") from error
+        seeds = [0 if seed is None else seed] if seed is None or isinstance(seed, int) else list(seed)
+        return Session(self, prompts, chunks, seeds)
+
+    def stream(self, script: Script | str | Path, seed: int | None = None) -> Iterator[Chunk]:
+        """Make a script's video chunk by chunk; script: a Script, or the path of a script file."""
+        if isinstance(script, Path) or (isinstance(script, str) and Path(script).suffix in (".yaml", ".yml", ".jsonl")):
+            from slotmemory.script import load_script
+
+            script = load_script(script)
+        yield from self.session(script, seed)

@@ -1,0 +1,339 @@
+"""One stream in progress, and the only loop over chunks in the code base: read, denoise, write, update.
+
+A session owns what changes (script position, memory state, random streams, recent latents); the engine it runs on does
+not. `step` either finishes a chunk or leaves the session as it was, so an interrupted session can go on or be saved.
+
+Legend: B batch (independent streams of one script), F latent frames, C channels, h, w latent size.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from slotmemory.backbones.attention import Buffered
+from slotmemory.backbones.causal_wan import TextKeys
+from slotmemory.backbones.rope import grid_positions, rotate, rotation
+from slotmemory.codecs.base import to_uint8
+from slotmemory.errors import InputError
+from slotmemory.memory import Bank, Now, State, Written, from_plain, to_plain
+from slotmemory.sampler import add_noise
+from slotmemory.trace import record
+
+if TYPE_CHECKING:
+    from slotmemory.engine import Engine
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step made: latents [B, F, C, h, w], frames uint8 [B, T, 3, H, W], and its trace record."""
+
+    index: int
+    shot: int
+    prompt: str
+    start: float  # seconds
+    stop: float
+    latents: Tensor
+    frames: Tensor
+    trace: dict[str, Any]
+
+
+class Told(NamedTuple):
+    """A prompt as the backbone takes it; tokens [B] counts its words."""
+
+    prompt: str
+    keys: TextKeys
+    tokens: Tensor
+
+
+class Noise(Protocol):
+    """Where random numbers come from; every call returns the next [B, F, C, h, w] of the stream."""
+
+    def first(self, shape: Sequence[int]) -> Tensor: ...
+    def fresh(self, shape: Sequence[int]) -> Tensor: ...
+    def state(self) -> Any: ...
+    def restore(self, state: Any) -> None: ...
+
+
+class SeededNoise:
+    """One generator per batch row, so that a row does not depend on its neighbours. Drawn on the CPU for every device."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def first(self, shape: Sequence[int]) -> Tensor:
+        return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in self.generators])
+
+    fresh = first
+
+    def state(self) -> list[Tensor]:
+        return [g.get_state() for g in self.generators]
+
+    def restore(self, state: list[Tensor]) -> None:
+        for generator, saved in zip(self.generators, state):
+            generator.set_state(saved)
+
+
+class Session:
+    """A stream: call `step` (or iterate) for the next chunk, `prompt` to steer, `save`, `load` and `fork` at will."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: dict[int, str],
+        chunks: int | None = None,
+        seeds: Sequence[int] = (0,),
+        noise: Noise | None = None,
+    ):
+        """prompts: by the chunk at which each starts; chunks: how many in all, None for a live stream without an end."""
+        if 0 not in prompts:
+            raise InputError("a stream needs a prompt for its first chunk")
+        self.engine = engine
+        self.prompts = dict(prompts)
+        self.chunks = chunks
+        self.batch = len(seeds)
+        self.noise = noise or SeededNoise(seeds)
+        self.index = 0
+        self.frame = 0  # next latent frame; runs ahead of index * frames_per_chunk after `prefill`
+        self.state: State = engine.memory.start(self.batch)
+        self.decoding = engine.codec.start()
+        self.recent: Tensor | None = None  # the last clean latents, as many as the memory may ask to replay
+        self.told: Told | None = None  # what the last chunk was told
+
+    # steering
+
+    @property
+    def done(self) -> bool:
+        return self.chunks is not None and self.index >= self.chunks
+
+    def prompt_at(self, chunk: int) -> tuple[int, str]:
+        """The shot number and prompt of a chunk."""
+        starts = sorted(start for start in self.prompts if start <= chunk)
+        return len(starts) - 1, self.prompts[starts[-1]]
+
+    def prompt(self, text: str) -> int:
+        """Switch to a new prompt at the next chunk, until the script's next shot; returns that chunk's number."""
+        self.engine.text.check(text)
+        self.prompts[self.index] = text
+        return self.index
+
+    # the loop
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while not self.done:
+            yield self.step()
+
+    @torch.no_grad()
+    def step(self) -> Chunk:
+        """Make the next chunk."""
+        if self.done:
+            raise InputError(f"the stream is over after {self.chunks} chunks")
+        engine, layout = self.engine, self.engine.layout
+        random, clock = self.noise.state(), Clock()
+        try:
+            told = self._told()
+            now, state = self._now(told), self.state
+            if now.switched:
+                state = self._switch(state, now)
+                clock.lap("switch")
+            read = self._read(state, now)
+            context = self._rotated(read)
+            clock.lap("read")
+            frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
+            shape = (self.batch, now.frames, layout.latent_channels, layout.latent_height, layout.latent_width)
+            pattern = Buffered(context)
+
+            def predict(noisy: Tensor, t: float) -> Tensor:
+                steps = torch.full(shape[:2], t, device=engine.device)
+                return engine.backbone(noisy, steps, now.text, frames, pattern)[0]
+
+            def draw() -> Tensor:
+                return self.noise.fresh(shape).to(engine.device)
+
+            latents = engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
+            if not bool(torch.isfinite(latents).all()):
+                raise InputError(f"chunk {now.chunk} is not finite with memory '{engine.memory.called()}'; it was dropped")
+            clock.lap("denoise")
+            written = self._clean_pass(latents, now, pattern)
+            clock.lap("clean")
+            kept = engine.memory.update(engine.memory.write(state, written), written)
+            clock.lap("write")
+            video, decoding = engine.codec.push(latents.to(engine.codec.dtype), self.decoding)
+            clock.lap("decode")
+        except BaseException:
+            self.noise.restore(random)
+            raise
+        layer = layout.layers // 2
+        start, stop = (layout.chunk_frames(now.chunk)[i] / layout.fps for i in (0, -1))
+        shot, prompt = self.prompt_at(now.chunk)
+        trace = {
+            "chunk": now.chunk,
+            "seconds": [round(start, 4), round(stop + 1 / layout.fps, 4)],
+            "shot": shot,
+            "prompt": prompt,
+            "switched": now.switched,
+            **record(state, kept, read[layer], layer),
+            "milliseconds": clock.laps,
+        }
+        self.state, self.decoding = kept, decoding
+        self._commit(latents, told)
+        self.index += 1
+        return Chunk(
+            now.chunk, shot, prompt, start, stop + 1 / layout.fps, latents, to_uint8(video), trace
+        )
+
+    @torch.no_grad()
+    def prefill(self, latents: Tensor) -> None:
+        """Take known clean latents [B, F, C, h, w] as the stream's past (video continuation); nothing is decoded."""
+        step = self.engine.layout.frames_per_chunk
+        for part in latents.split(step, 1):
+            told = self._told()
+            now = self._now(told, frames=part.shape[1])
+            written = self._clean_pass(part, now, Buffered(self._rotated(self._read(self.state, now))))
+            self.state = self.engine.memory.update(self.engine.memory.write(self.state, written), written)
+            self._commit(part, told)
+
+    # parts of a step
+
+    def _told(self) -> Told:
+        """The prompt of the next chunk, encoded once for as long as it lasts."""
+        prompt = self.prompt_at(self.index)[1]
+        if self.told is not None and self.told.prompt == prompt:
+            return self.told
+        return self._encode(prompt)
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Told:
+        embeddings, tokens = self.engine.text.encode([prompt] * self.batch)
+        return Told(prompt, self.engine.backbone.text_keys(embeddings), tokens)
+
+    def _now(self, told: Told, frames: int | None = None) -> Now:
+        shot, _ = self.prompt_at(self.index)
+        switched = self.told is not None and told is not self.told
+        length = frames or self.engine.layout.frames_per_chunk
+        return Now(self.index, self.frame, length, shot, switched, told.keys, told.tokens)
+
+    def _switch(self, state: State, now: Now) -> State:
+        """Let the memory answer a new prompt; replay what it asks for as one clean pass under that prompt."""
+        memory = self.engine.memory
+        state, replay = memory.switch(state, now)
+        if replay:
+            past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens)
+            pattern = Buffered(self._rotated(self._read(state, past)))
+            written = self._clean_pass(self.recent[:, -replay:], past, pattern)
+            state = memory.update(memory.write(state, written), written)
+        return state
+
+    def _read(self, state: State, now: Now) -> list[list[Bank]]:
+        memory, read = self.engine.memory, []
+        for layer in range(self.engine.layout.layers):
+            found = memory.read(state, layer, now)
+            tokens = sum(bank.tokens for bank in found)
+            if memory.budget is not None and tokens > memory.budget:
+                raise InputError(
+                    f"memory '{memory.called()}' read {tokens} tokens in layer {layer} at chunk {now.chunk}; "
+                    f"its budget is {memory.budget}"
+                )
+            read.append(found)
+        return read
+
+    def _rotated(self, read: list[list[Bank]]) -> list[tuple[Tensor, Tensor]]:
+        """Join what was read per layer into one buffer and rotate its keys to where they stand."""
+        layout, engine = self.engine.layout, self.engine
+        empty = torch.zeros(self.batch, 0, layout.heads, layout.head_dim, device=engine.device, dtype=engine.dtype)
+        context, places, turn = [], None, None
+        for found in read:
+            if not found:
+                context.append((empty, empty))
+                continue
+            keys, values, positions = (
+                torch.cat([getattr(bank, name).flatten(1, 2) for bank in found], 1)
+                for name in ("keys", "values", "positions")
+            )
+            if places is None or places.shape != positions.shape or not torch.equal(places, positions):
+                places, turn = positions, rotation(positions, layout.head_dim)  # layers mostly agree on places
+            context.append((rotate(keys, *turn), values))
+        return context
+
+    def _clean_pass(self, latents: Tensor, now: Now, pattern: Buffered) -> Written:
+        """Run the model once more on finished latents, at the noise level that contexts have."""
+        engine, noise = self.engine, self.engine.context_noise
+        if noise:
+            latents_in = add_noise(latents, self.noise.fresh(latents.shape).to(latents.device), noise)
+        else:
+            latents_in = latents
+        frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
+        steps = torch.full(latents.shape[:2], noise * 1000, device=engine.device)
+        _, seen = engine.backbone(latents_in, steps, now.text, frames, pattern)
+        return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents)
+
+    def _commit(self, latents: Tensor, told: Told) -> None:
+        self.told = told
+        self.frame += latents.shape[1]
+        keep = self.engine.memory.replays
+        if keep:
+            past = latents if self.recent is None else torch.cat((self.recent, latents), 1)
+            self.recent = past[:, -keep:]
+
+    # copies of a stream
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that changes, as a plain tree of tensors, numbers and text."""
+        return {
+            "prompts": [[chunk, text] for chunk, text in sorted(self.prompts.items())],
+            "chunks": self.chunks,
+            "index": self.index,
+            "frame": self.frame,
+            "told": self.told.prompt if self.told else None,
+            "noise": self.noise.state(),
+            "memory": to_plain(self.state),
+            "decoding": self.decoding,
+            "recent": self.recent,
+        }
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on exactly where `snapshot` was taken, on the same engine."""
+        self.prompts = {int(chunk): text for chunk, text in saved["prompts"]}
+        self.chunks, self.index, self.frame = saved["chunks"], saved["index"], saved["frame"]
+        self.noise.restore(saved["noise"])
+        self.state, self.decoding, self.recent = from_plain(saved["memory"]), saved["decoding"], saved["recent"]
+        self.told = None if saved["told"] is None else self._encode(saved["told"])
+
+    def save(self, path) -> None:
+        """Write the snapshot to a file, atomically."""
+        from slotmemory.tree import tree_to_file
+
+        tree_to_file(self.snapshot(), path)
+
+    def load(self, path) -> None:
+        """Restore a snapshot from a file."""
+        from slotmemory.tree import tree_from_file
+
+        self.restore(tree_from_file(path, self.engine.device))
+
+    def fork(self) -> Session:
+        """Return an independent stream that starts from this one's present; tensors are shared, never changed."""
+        twin = copy.copy(self)
+        twin.prompts = dict(self.prompts)
+        twin.noise = copy.copy(self.noise)
+        if isinstance(self.noise, SeededNoise):
+            twin.noise.generators = [g.clone_state() for g in self.noise.generators]
+        return twin
+
+
+class Clock:
+    """Milliseconds per part of a step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = round((now - self.last) * 1000, 3), now
