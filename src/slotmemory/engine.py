@@ -5,8 +5,8 @@ One engine serves any number of sessions. It knows how to be assembled, not how 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Engine:
     memory: Memory
     layout: Layout
     context_noise: float = 0.0
+    memory_defaults: Mapping[str, Any] = field(default_factory=dict)  # memory arguments the model was trained for
 
     @classmethod
     def from_pretrained(
@@ -79,8 +80,6 @@ class Engine:
         """The memory arguments that the loaded model was trained for, where the policy has them and none were given."""
         known = memories.arguments(memories.find(name))
         return {k: v for k, v in self.memory_defaults.items() if k in known} | options
-
-    memory_defaults: dict[str, Any] = None  # set by the model's settings
 
     def with_steps(self, steps: Sequence[int] | int) -> Engine:
         schedule = self.sampler.schedule

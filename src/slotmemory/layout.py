@@ -125,7 +125,8 @@ class Layout:
     def chunk_from(self, seconds: float) -> int:
         """First chunk that starts at or after a time; a prompt switch waits for it.
 
-        Counted in latents as LongLive does: latent 40 waits for chunk 14, which starts at latent 42."""
+        Counted in latents as LongLive does: latent 40 waits for chunk 14, which starts at latent 42. A video's first
+        latent holds one frame only, so a chunk is shown up to 3 frames before the time its latents stand for."""
         return math.ceil(self.latents_at(seconds) / self.frames_per_chunk - _TOLERANCE)
 
     def chunks(self, seconds: float) -> int:

@@ -13,8 +13,8 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Bank:
     """Items of one layer: what is kept or dropped together (a latent frame, a slot's tokens, a summary).
 
     keys, values [B, M, n, H, D], keys un-rotated; positions [B, M, n, 3] (t, h, w) at which the keys are to be rotated;
-    born [B, M] latent frame of the item's first token; owner [B, M] slot or entity (-1: nobody's); score [B, M] fp32.
+    born [B, M] latent frame of the item's first token; owner [B, M] slot or entity (-1: nobody's); score [B, M] fp32;
+    notes: whatever else a policy knows of each item, by name, each [B, M, ...]; it travels with the items.
     """
 
     keys: Tensor
@@ -41,6 +42,7 @@ class Bank:
     born: Tensor
     owner: Tensor
     score: Tensor
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def of_frames(keys: Tensor, values: Tensor, positions: Tensor, frames: int) -> Bank:
@@ -68,18 +70,28 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+        return sum(x.nbytes for x in self._tensors().values()) + sum(x.nbytes for x in self.notes.values())
 
-    def map(self, change) -> Bank:
-        return Bank(*(change(getattr(self, f.name)) for f in fields(self)))
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "notes"}
 
-    def join(self, other: Bank | None) -> Bank:
-        """Append another bank's items; their token counts must agree."""
-        if other is None or other.items == 0:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Bank:
+        return Bank(
+            **{name: change(x) for name, x in self._tensors().items()},
+            notes={name: change(x) for name, x in self.notes.items()},
+        )
+
+    def join(self, other: Bank) -> Bank:
+        """Append another bank's items; their token counts and notes must agree."""
+        if other.items == 0:
             return self
         if self.items == 0:
             return other
-        return Bank(*(torch.cat((getattr(self, f.name), getattr(other, f.name)), 1) for f in fields(self)))
+        mine, theirs = self._tensors(), other._tensors()
+        return Bank(
+            **{name: torch.cat((mine[name], theirs[name]), 1) for name in mine},
+            notes={name: torch.cat((self.notes[name], other.notes[name]), 1) for name in self.notes},
+        )
 
     def take(self, index: Tensor) -> Bank:
         """Pick items per batch row: index [B, K] -> a bank of K items, in the order given."""
@@ -106,7 +118,8 @@ class Bank:
 
 @dataclass(frozen=True)
 class Now:
-    """The moment a policy acts in. `frame` is the chunk's first latent frame, `switched` says the prompt is new.
+    """The moment a policy acts in. `frame` is the chunk's first latent frame; `switched`: its prompt is new; `replay`: not
+    a new chunk but past frames computed again under a new prompt.
 
     text: per layer the prompt's cross-attention keys and values [B, L, H, D], of which the first text_tokens [B] are words.
     """
@@ -118,6 +131,7 @@ class Now:
     switched: bool
     text: Sequence[tuple[Tensor, Tensor]]
     text_tokens: Tensor
+    replay: bool = False
 
     def words(self, layer: int) -> Tensor:
         """Mean of the prompt's keys over its words, padding left out: [B, H, D] fp32."""

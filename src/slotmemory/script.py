@@ -465,7 +465,7 @@ def _parse_line(line: str) -> Script:
             raise InputError(unknown("key", key, LINE_KEYS))
     prompts = tree.get("prompts")
     if not isinstance(prompts, list):
-        raise InputError(f'prompts: expected a list of texts, got {"nothing" if prompts is None else shorten(prompts)}')
+        raise InputError(f"prompts: expected a list of texts, got {'nothing' if prompts is None else shorten(prompts)}")
     _check_shots(len(prompts), 0)
     with _at("seconds"):
         seconds = _duration(tree.get("seconds", LINE_SECONDS))
@@ -544,7 +544,7 @@ def _duration(value: Any) -> float:
         value = float(value.strip().lower().replace(".inf", "inf").replace(".nan", "nan"))  # YAML 1.1 reads 1e3 as text
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"expected a number of seconds such as 10, got {_quoted(value)}")
-    if math.isnan(value) or value <= 0:
+    if not value > 0:  # nan included
         raise InputError(f"expected more than 0 seconds, got {shorten(value)}")
     if value > MAX_SECONDS:
         raise InputError(f"expected at most {MAX_SECONDS} seconds (4 hours), got {shorten(value)}")

@@ -224,7 +224,7 @@ class Session:
         memory = self.engine.memory
         state, replay = memory.switch(state, now)
         if replay:
-            past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens)
+            past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens, replay=True)
             pattern = Buffered(self._rotated(self._read(state, past)))
             written = self._clean_pass(self.recent[:, -replay:], past, pattern)
             state = memory.update(memory.write(state, written), written)

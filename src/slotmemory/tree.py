@@ -110,16 +110,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-# In the description, None, bool, str and list stand for themselves; everything else is {kind: content}.
+# In the description, None, bool, float, str and list stand for themselves; everything else is {kind: content}.
 
 
 def _describe(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
-    if value is None or type(value) in (bool, str):
-        return value
+    if value is None or type(value) in (bool, float, str):
+        return value  # Python's json gives back every float exactly, inf and nan included
     if type(value) is int:
         return {"int": hex(value)}  # decimal text of a long number is slow, and refused beyond 4300 digits
-    if type(value) is float:
-        return {"float": value.hex()}
     if type(value) is list:
         return [_describe(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]
     if type(value) is tuple:
@@ -143,8 +141,6 @@ def _rebuild(node: Any, tensor: Any) -> Any:
     ((kind, content),) = node.items()
     if kind == "int":
         return int(content, 16)
-    if kind == "float":
-        return float.fromhex(content)
     if kind == "tuple":
         return tuple(_rebuild(v, tensor) for v in content)
     if kind == "dict":

@@ -8,9 +8,12 @@ Module names are those of the published Wan2.1 weights. Source: Wan2.1 `wan/modu
 Legend: B batch, F latent frames, n tokens per latent frame, N = F n, H heads, D head dim, C = H D width, L text tokens.
 """
 
+from __future__ import annotations
+
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -48,6 +51,14 @@ class WanConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> WanConfig:
+        values = json.loads(text)
+        return cls(**{**values, "patch": tuple(values["patch"])})
 
 
 class Seen(NamedTuple):

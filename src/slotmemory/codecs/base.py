@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from slotmemory.errors import InputError
+
 State = dict[str, list[Tensor]]
 """What a codec remembers of one stream: a plain tree of tensors, never changed in place."""
 
@@ -53,7 +55,7 @@ class Codec(Protocol):
 def to_float(pixels: Tensor) -> Tensor:
     """uint8 [...] in [0, 255] -> float32 [...] in [-1, 1]."""
     if pixels.dtype != torch.uint8:
-        raise ValueError(f"pixels are {pixels.dtype}, expected torch.uint8 in [0, 255]")
+        raise InputError(f"pixels are {pixels.dtype}, expected torch.uint8 in [0, 255]")
     return pixels.to(torch.float32) / 127.5 - 1.0
 
 
@@ -66,7 +68,7 @@ def num_latents(frames: int, time_stride: int = 4) -> int:
     """Latent frames that `frames` pixel frames fill; raises ValueError if the last group is incomplete."""
     if frames < 1 or (frames - 1) % time_stride:
         below = max(1, (frames - 1) // time_stride * time_stride + 1)
-        raise ValueError(
+        raise InputError(
             f"frames={frames} is not {time_stride} * n + 1; use {below} or {below + time_stride}, or `feed` for a stream"
         )
     return (frames - 1) // time_stride + 1
@@ -81,13 +83,13 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file -> tensors by name, metadata; one-line ValueError if it is missing or damaged."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no weights at {path}: expected a .safetensors file")
+        raise InputError(f"no weights at {path}: expected a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, RuntimeError) as error:
         detail = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"{path} is truncated or no safetensors file ({detail}); {path.stat().st_size} bytes found"
         ) from None
 
@@ -95,22 +97,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_metadata_json(metadata: Mapping[str, str], key: str, path: str | Path) -> Any:
     """Parse the JSON kept under `key` of a safetensors header; one-line ValueError if it is absent or damaged."""
     if key not in metadata:
-        raise ValueError(f"{path} has no {key!r} in its metadata; found {sorted(metadata) or 'none'}")
+        raise InputError(f"{path} has no {key!r} in its metadata; found {sorted(metadata) or 'none'}")
     try:
         return json.loads(metadata[key])
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: metadata {key!r} is no JSON ({error})") from None
+        raise InputError(f"{path}: metadata {key!r} is no JSON ({error})") from None
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a one-line ValueError naming the first tensor that is missing, misshapen or unknown."""
     for name, tensor in expected.items():
         if name not in found:
-            raise ValueError(f"{path} lacks the tensor {name!r}: expected shape {tuple(tensor.shape)}, found none")
+            raise InputError(f"{path} lacks the tensor {name!r}: expected shape {tuple(tensor.shape)}, found none")
         if found[name].shape != tensor.shape:
-            raise ValueError(
+            raise InputError(
                 f"{path}: tensor {name!r} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
             )
     for name, tensor in found.items():
         if name not in expected:
-            raise ValueError(f"{path} has an unknown tensor {name!r} of shape {tuple(tensor.shape)}, expected none")
+            raise InputError(f"{path} has an unknown tensor {name!r} of shape {tuple(tensor.shape)}, expected none")

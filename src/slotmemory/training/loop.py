@@ -395,7 +395,6 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
     if not (resume and trainer.restore()) and recipe.init:
         trainer.initialise(Path(recipe.init))
     trainer.synchronise()
-    first = trainer.step == 0
     log_path = folder / "log.jsonl"
     if rank == 0:
         _trim_log(log_path, trainer.step)
@@ -414,6 +413,10 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
         return before + (time.monotonic() - started) / 60
 
     def measure() -> None:
+        nonlocal measured
+        if measured == trainer.step:
+            return
+        measured = trainer.step
         with trainer.averaged():
             if due(recipe.validate_steps):
                 results = {key: float(value) for key, value in trainer.objective.validate(trainer.step).items()}
@@ -430,7 +433,7 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
     def due(interval: int) -> bool:
         return trainer.step % interval == 0 or ending
 
-    ending = False
+    ending, measured = False, -1
     try:
         while trainer.step < recipe.steps:
             if recipe.max_minutes is not None and trainer.minutes >= recipe.max_minutes:
@@ -464,7 +467,7 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
                 break
         if rank == 0:
             trainer.minutes = minutes()
-            if reason != "signal" and (trainer.step > 0 or first):
+            if reason != "signal":
                 ending = True
                 measure()
                 with trainer.averaged():

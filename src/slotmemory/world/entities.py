@@ -15,8 +15,8 @@ ACCESSORIES = ("none", "hat", "crown", "bow")
 SIZES = (0.9, 1.1)
 
 # Degrees. The jitter is as wide as the name stays unambiguous to the eye: red borders orange, yellow borders lime.
-HUES = {"red": 0.0, "yellow": 48.0, "green": 128.0, "blue": 212.0, "purple": 280.0}
-HUE_JITTER = {"red": 10.0, "yellow": 7.0, "green": 14.0, "blue": 12.0, "purple": 12.0}
+HUES = {"red": 0.0, "yellow": 50.0, "green": 128.0, "blue": 212.0, "purple": 280.0}
+HUE_JITTER = {"red": 8.0, "yellow": 6.0, "green": 14.0, "blue": 12.0, "purple": 12.0}
 # HSL lightness and saturation at which each hue looks most like its name.
 _LIGHTNESS = {"red": 0.56, "yellow": 0.53, "green": 0.42, "blue": 0.54, "purple": 0.56}
 _SATURATION = {"red": 0.82, "yellow": 0.98, "green": 0.62, "blue": 0.88, "purple": 0.62}

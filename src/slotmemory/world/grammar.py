@@ -54,7 +54,9 @@ def parse(prompt: str) -> ShotSpec:
         draft = _read_phrase(phrase, prompt)
         if draft.keys() == {"action"}:
             # "a red cat comes back and waits": the phrase belongs to the entity before it.
-            if not drafts or "action" in drafts[-1]:
+            if not drafts:
+                raise ValueError(f"prompt '{prompt}' says '{draft['action']}' of nobody; name a colour and a kind")
+            if "action" in drafts[-1]:
                 raise ValueError(f"prompt '{prompt}' has an action '{draft['action']}' too many; one per entity")
             drafts[-1].update(draft)
         elif draft:
@@ -170,7 +172,9 @@ def _sample_cast(rng: np.random.Generator) -> list[tuple[str, str]]:
     return [everyone[index] for index in chosen]
 
 
-def _sample_shot(rng, cast, scenes, previous: ShotSpec | None) -> ShotSpec:
+def _sample_shot(
+    rng: np.random.Generator, cast: list[tuple[str, str]], scenes: list[str], previous: ShotSpec | None
+) -> ShotSpec:
     """Roll one shot that differs from the previous one in its scene or in who is there."""
     scene = str(rng.choice(scenes))
     if previous is not None:

@@ -10,7 +10,7 @@ from slotmemory.world.shapes import box, capsule, ellipse, polygon
 from slotmemory.world.vocabulary import SCENES
 
 UNITS_HIGH = 48.0
-TINT = 0.06
+TINT = 0.04
 
 
 class Backdrop:
@@ -83,17 +83,17 @@ def _snow(b: Backdrop, here: float, there: float) -> None:
     b.fill(polygon(x, y, [(there - 6, 14.4), (there, 6), (there + 6, 14.4)]), (248, 250, 255))
     b.fill(y > 32, (240, 246, 252))
     b.fill(box(x, y, here - 1.8, here + 1.8, 28, 36), (140, 104, 84))
-    for top, half in ((14, 10.0), (7, 8.0), (1, 5.5)):
-        b.fill(polygon(x, y, [(here - half, top + 15), (here, top), (here + half, top + 15)]), (74, 140, 126))
+    for top, half in ((11, 10.0), (1, 7.5)):
+        b.fill(polygon(x, y, [(here - half, top + 18), (here, top), (here + half, top + 18)]), (74, 140, 126))
 
 
 def _night(b: Backdrop, here: float, there: float) -> None:
     x, y = b.x, b.y
     b.fade((64, 70, 130), (104, 108, 172), 32)
-    b.fill(ellipse(x, y, (there, 9), (6, 6)), (255, 242, 188))
-    b.fill(ellipse(x, y, (there + 3, 7.5), (5, 5)), (72, 78, 138))
-    for offset, height in ((0.22, 6), (0.42, 14), (0.63, 5)):
-        b.fill(ellipse(x, y, ((there / b.units_wide + offset) % 1.0 * b.units_wide, height), (1, 1)), (255, 246, 214))
+    b.fill(ellipse(x, y, (there, 9), (6, 6)) & ~ellipse(x, y, (there + 3, 7.5), (5, 5)), (255, 242, 188))
+    # Stars only between moon and house, so that none sits on either.
+    for along, height in ((0.30, 5), (0.46, 13), (0.64, 5)):
+        b.fill(ellipse(x, y, (there + along * (here - there), height), (1, 1)), (255, 246, 214))
     b.fill(y > 32, (76, 98, 122))
     b.fill(box(x, y, here - 8, here + 8, 19, 34), (58, 58, 96))
     b.fill(polygon(x, y, [(here - 11, 19.5), (here, 10), (here + 11, 19.5)]), (128, 78, 104))

@@ -60,6 +60,6 @@ def grow(mask, samples: float):
 
 def average(samples):
     """Average samples [C, H * 4, W * 4] down to pixels [C, H, W]."""
-    channels, height, width = samples.shape
-    blocks = samples.reshape(channels, height // SAMPLES, SAMPLES, width // SAMPLES, SAMPLES)
-    return blocks.mean(axis=(2, 4))
+    # Adding strided slices is several times faster than a mean over two short axes.
+    rows = sum(samples[:, offset::SAMPLES] for offset in range(SAMPLES))
+    return sum(rows[:, :, offset::SAMPLES] for offset in range(SAMPLES)) / SAMPLES**2

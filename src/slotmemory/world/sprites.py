@@ -50,8 +50,8 @@ HAT_BAND = (240, 240, 250)
 SHADOW_ALPHA = 0.22
 
 # Where the face sits and where an accessory stands, per kind.
-_EYE_LEVEL = {"cat": 15.0, "ghost": 17.5, "robot": 17.0, "ball": 16.5}
-_CROWN_LEVEL = {"cat": 21.0, "ghost": 26.5, "robot": 24.0, "ball": 25.0}
+_EYE_LEVEL = {"cat": 15.0, "ghost": 16.5, "robot": 17.0, "ball": 16.5}
+_CROWN_LEVEL = {"cat": 21.0, "ghost": 24.8, "robot": 24.0, "ball": 25.0}
 _EYE_SPREAD = 4.6
 _LOOK_AHEAD = 1.6
 
@@ -93,7 +93,7 @@ class SpriteSheet:
 
     def __init__(self, pixels_per_unit: float):
         self._scale = pixels_per_unit
-        self._feet = (round(CANVAS_WIDTH * pixels_per_unit) // 2, round(CANVAS_FEET * pixels_per_unit))
+        self._feet = (round(CANVAS_WIDTH / 2 * pixels_per_unit), round(CANVAS_FEET * pixels_per_unit))
         self._drawn: dict[tuple, np.ndarray] = {}
         self._sprites: dict[tuple, Sprite] = {}
 
@@ -117,7 +117,7 @@ class SpriteSheet:
         return self._sprites[key]
 
     def _canvas(self):
-        x, y = shapes.grid(round(CANVAS_WIDTH * self._scale), round(CANVAS_HEIGHT * self._scale))
+        x, y = shapes.grid(2 * self._feet[0], round(CANVAS_HEIGHT * self._scale))
         return (x - self._feet[0]) / self._scale, (self._feet[1] - y) / self._scale
 
     def _samples(self, entity: Entity, pose: int, facing: int) -> np.ndarray:
@@ -183,18 +183,19 @@ def _cat(p: Painter, colour, pose: Pose) -> np.ndarray:
 
 def _ghost(p: Painter, colour, pose: Pose) -> np.ndarray:
     x, y = p.x, p.y
-    drift = 1.4 * pose.step
-    hem = 3.2 + 2.2 * np.cos((x + drift) * (2 * np.pi / 7.6))
-    body = ellipse(x, y, (0.0, 16.0), (11.2, 11.2)) | box(x, y, -11.2, 11.2, 0.0, 16.0)
-    body |= ellipse(x, y, (-11.0, 10.5 + pose.step), (3.6, 2.6)) | ellipse(x, y, (11.0, 10.5 - pose.step), (3.6, 2.6))
-    body &= y > hem
+    body = ellipse(x, y, (0.0, 14.4), (11.2, 11.4))
+    body |= polygon(x, y, [(-11.2, 15.0), (11.2, 15.0), (12.0, 4.2), (-12.0, 4.2)])
+    for lobe in (-1, 0, 1):
+        # Outer and middle lobes wave in turn.
+        low = 0.3 + max(0, pose.step * (1 if lobe else -1)) * 1.6
+        body |= ellipse(x, y, (lobe * 8.0, 4.2), (4.0, 4.2 - low))
     p.paint(body, colour, outlined=True)
     return body
 
 
 def _robot(p: Painter, colour, pose: Pose) -> np.ndarray:
     x, y = p.x, p.y
-    p.paint(box(x, y, -1.0, 1.0, 23.0, 28.0) | ellipse(x, y, (0.0, 28.0), (2.2, 2.2)), GREY, outlined=True)
+    p.paint(box(x, y, -1.0, 1.0, 23.0, 27.0) | ellipse(x, y, (0.0, 27.0), (2.0, 2.0)), GREY, outlined=True)
     left, right = 1.2 * max(0, pose.step), 1.2 * max(0, -pose.step)
     p.paint(box(x, y, -8.0, -2.0, left, 4.0, 1.0) | box(x, y, 2.0, 8.0, right, 4.0, 1.0), GREY, outlined=True)
     p.paint(box(x, y, -13.6, -10.0, 12.5, 18.5, 1.0) | box(x, y, 10.0, 13.6, 12.5, 18.5, 1.0), GREY, outlined=True)
@@ -219,12 +220,12 @@ def _pattern(p: Painter, pattern: str) -> np.ndarray:
     """Mask where the second colour goes, before clipping to the body."""
     x, y = p.x, p.y
     if pattern == "stripes":
-        return (np.abs(y - 4.6) < 2.1) | (np.abs(y - 11.4) < 1.7) | (np.abs(y - 21.6) < 1.9)
+        return (np.abs(y - 4.8) < 1.7) | (np.abs(y - 11.2) < 1.6) | (np.abs(y - 21.8) < 1.4)
     if pattern == "spots":
         spots = ellipse(x, y, (-7.6, 8.6), (3.2, 3.2)) | ellipse(x, y, (0.2, 5.6), (3.2, 3.2))
-        return spots | ellipse(x, y, (7.8, 8.8), (3.2, 3.2)) | ellipse(x, y, (-1.4, 21.8), (2.8, 2.4))
+        return spots | ellipse(x, y, (7.8, 8.8), (3.2, 3.2)) | ellipse(x, y, (-7.4, 20.8), (2.4, 2.4))
     if pattern == "half":
-        return y < 10.6 + 0.0 * x
+        return np.broadcast_to(y < 10.6, p.covered.shape)
     return np.zeros(p.covered.shape, dtype=bool)
 
 
@@ -244,7 +245,7 @@ def _face(p: Painter, kind: str, pose: Pose) -> None:
     if kind == "cat":
         p.paint(polygon(x, y, [(0.0, 12.4), (3.2, 12.4), (1.6, 10.4)]), PINK)
     elif kind == "ghost":
-        p.paint(ellipse(x, y, (_LOOK_AHEAD, 12.4), (1.7, 2.0)), INK)
+        p.paint(ellipse(x, y, (_LOOK_AHEAD, 11.2), (1.7, 1.9)), INK)
     elif kind == "robot":
         p.paint(box(x, y, -2.6, 5.8, 10.0, 11.8), INK)
     else:

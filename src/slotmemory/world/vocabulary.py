@@ -49,12 +49,12 @@ _ALSO = {
     "beach": "coast sand",
     "snow": "snowy",
     "night": "nighttime",
-    "empty": "nobody nothing noone deserted",
+    "empty": "nobody nothing noone",
 }
 
 FUNCTION_WORDS = frozenset(
     "a an the in on is are at of to by with by there here now then it its once more while still"
-    " again back comes come coming appears one little small lonely side".split()
+    " again back comes come coming appears one".split()
 )
 
 _CANONICAL = {word: word for word in WORDS[1:]}

@@ -1,0 +1,256 @@
+"""Objective: train the preview codec to reproduce clips of the narrative world.
+
+Clips are rendered on the fly and never repeat. Entities are small and carry what a viewer looks at, so their pixels
+weigh more; noise on the latents makes the latent space smooth enough for a diffusion model to aim at.
+It does not know the codec's layers, nor how the loop steps.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slotmemory.codecs.base import num_latents, to_float, to_uint8
+from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
+from slotmemory.training import loop
+from slotmemory.training.recipe import Frozen
+from slotmemory.world.clock import chunk_frames
+from slotmemory.world.narrative import Narrative
+from slotmemory.world.clock import chunk_frames
+
+HELD_OUT = 1 << 62  # training seeds lie below, held-out ones above
+
+
+class Sizes(Frozen):
+    """The codec's sizes; defaults are the embedded model's."""
+
+    latent_channels: int = PreviewConfig.tiny().latent_channels
+    patch: int = PreviewConfig.tiny().patch
+    encoder_channels: tuple[int, ...] = PreviewConfig.tiny().encoder_channels
+    decoder_channels: tuple[int, ...] = PreviewConfig.tiny().decoder_channels
+    blocks: tuple[int, ...] = PreviewConfig.tiny().blocks
+    space: tuple[bool, ...] = PreviewConfig.tiny().space
+    time: tuple[bool, ...] = PreviewConfig.tiny().time
+    direct: bool = PreviewConfig.tiny().direct
+
+
+class Options(Frozen):
+    """What the codec objective may be told."""
+
+    sizes: Sizes = Sizes()
+    data: Literal["narrative", "toy"] = "narrative"
+    frames: int = Field(21, ge=1, description="pixel frames per clip, 4 n + 1")
+    seconds: float = Field(16.0, gt=0, description="length of the narrative that a clip is cut from")
+    clips_per_narrative: int = Field(2, ge=1)
+    at_cuts: float = Field(0.25, ge=0, le=1, description="share of clips with a change of shot inside")
+    still: float = Field(0.05, ge=0, le=1, description="share of clips that repeat one frame")
+    entity_weight: float = Field(8.0, ge=1, description="weight of entity pixels against background pixels")
+    dilation: int = Field(2, ge=0, description="pixels by which entity masks grow")
+    mse: float = Field(1.0, ge=0)
+    edge: float = Field(1.0, ge=0, description="weight of the finite-difference term")
+    noise: float = Field(0.1, ge=0, description="noise on normalised latents before decoding")
+    scale: float = Field(0.01, ge=0, description="pull of the raw latents towards zero mean and unit variance")
+    momentum: float = Field(0.02, gt=0, le=1, description="of the running latent statistics")
+    held_out: int = Field(8, ge=1, description="narratives of the validation")
+    statistics_clips: int = Field(256, ge=1, description="clips behind the exported latent statistics")
+
+
+class Clips(Protocol):
+    """Where clips come from; everything about a batch follows from its seed."""
+
+    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return pixels uint8 [count, T, 3, H, W] and entity masks bool [count, T, H, W]."""
+        ...
+
+
+class NarrativeClips:
+    """Clips of the narrative world: anywhere, around changes of shot, and stills."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(seed)
+        pairs = []
+        while len(pairs) < count:
+            narrative = Narrative.random(int(rng.integers(1 << 31)) + (seed >= HELD_OUT) * (1 << 31), self.options.seconds)
+            for _ in range(min(self.options.clips_per_narrative, count - len(pairs))):
+                pairs.append(self._cut(narrative, rng))
+        pixels, masks = zip(*pairs)
+        return torch.stack(pixels), torch.stack(masks)
+
+    def _cut(self, narrative: Narrative, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        frames, roll = self.options.frames, rng.random()
+        span = narrative.frames - frames
+        first = int(rng.integers(span + 1))
+        cuts = [chunk_frames(shot.start_chunk).start for shot in narrative.shots[1:]]
+        if roll < self.options.at_cuts and cuts:
+            first = int(np.clip(rng.choice(cuts) - rng.integers(1, frames), 0, span))
+        if roll > 1 - self.options.still:
+            return tuple(x.expand(frames, *x.shape[1:]) for x in _read(narrative, first, first + 1))
+        return _read(narrative, first, first + frames)
+
+
+def _read(narrative: Narrative, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Render frames first..last-1 -> pixels uint8 [T, 3, H, W], entity masks bool [T, H, W]."""
+    pixels = torch.as_tensor(narrative.render(first, last))
+    return pixels, torch.as_tensor(narrative.truth(first, last).masks) > 0
+
+
+class ToyClips:
+    """Boxes drifting over a plain ground: enough to see an objective work in a test."""
+
+    def __init__(self, options: Options) -> None:
+        self.frames = options.frames
+
+    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(seed)
+        pixels = np.zeros((count, self.frames, 3, 48, 80), np.uint8)
+        masks = np.zeros((count, self.frames, 48, 80), bool)
+        for clip in range(count):
+            pixels[clip] = rng.integers(256, size=(1, 3, 1, 1))
+            (x, y), speed, colour = rng.integers((60, 28)), rng.integers(-2, 3), rng.integers(256, size=(3, 1, 1))
+            for frame in range(self.frames):
+                left = int(np.clip(x + speed * frame, 0, 60))
+                pixels[clip, frame, :, y : y + 20, left : left + 20] = colour
+                masks[clip, frame, y : y + 20, left : left + 20] = True
+        return torch.from_numpy(pixels), torch.from_numpy(masks)
+
+
+def pixel_weights(masks: Tensor, entity_weight: float, dilation: int) -> Tensor:
+    """bool [B, T, H, W] -> float weights [B, T, 1, H, W] of mean 1: entities and their rim weigh more."""
+    weights = masks.float()
+    if dilation:
+        weights = F.max_pool2d(weights, 2 * dilation + 1, stride=1, padding=dilation)
+    weights = 1 + (entity_weight - 1) * weights
+    return (weights / weights.mean())[:, :, None]
+
+
+def reconstruction_terms(output: Tensor, target: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Weighted L1, squared and finite-difference errors of videos [B, T, 3, H, W] in [-1, 1]."""
+    error = output - target
+    across, down = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
+    return {
+        "l1": (weights * error.abs()).mean(),
+        "mse": (weights * error.square()).mean(),
+        "edge": (weights[..., 1:] * across).mean() + (weights[..., 1:, :] * down).mean(),
+    }
+
+
+def statistics(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] of raw latents [B, L, C, h, w]."""
+    std, mean = torch.std_mean(raw.float(), dim=(0, 1, 3, 4))
+    return mean, std
+
+
+def psnr(squared_error: Tensor) -> float:
+    """PSNR in dB from a mean squared error of pixels in [-1, 1]."""
+    return float(10 * torch.log10(4 / squared_error.clamp_min(1e-10)))
+
+
+def in_boxes(masks: Tensor) -> Tensor:
+    """bool masks [..., H, W] -> bool, true inside the bounding box of each frame's entity pixels."""
+    rows, columns = masks.any(-1), masks.any(-2)
+
+    def between(x: Tensor) -> Tensor:
+        forward = x.cumsum(-1) > 0
+        backward = x.flip(-1).cumsum(-1).flip(-1) > 0
+        return forward & backward
+
+    return between(rows)[..., :, None] & between(columns)[..., None, :]
+
+
+class Objective(loop.Objective):
+    """Train a PreviewCodec on rendered clips."""
+
+    def __init__(self, options: Options, context: loop.Context) -> None:
+        self.options, self.context = options, context
+        self.codec = PreviewCodec(PreviewConfig(**options.sizes.model_dump()))
+        num_latents(options.frames)
+        self.clips: Clips = {"narrative": NarrativeClips, "toy": ToyClips}[options.data](options)
+        self.codec.calibrate(to_float(self.clips.batch(loop.seed_for(context.seed), 8)[0]))
+        self._held_out: tuple[Tensor, Tensor] | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"codec": self.codec}
+
+    def running(self) -> list[Tensor]:
+        return [self.codec.latent_mean, self.codec.latent_std]
+
+    def metadata(self, module: str) -> dict[str, str]:
+        return self.codec.metadata()
+
+    def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        options, device = self.options, self.context.device
+        pixels, masks = self.clips.batch(loop.seed_for(self.context.seed, step, rank), self.context.batch)
+        target = to_float(pixels).to(device)
+        count, frames, _, height, width = target.shape
+        grid = (height // self.codec.space_stride, width // self.codec.space_stride)
+        shape = (count, num_latents(frames), self.codec.latent_channels, *grid)
+        noise = options.noise * torch.randn(shape, generator=generator)
+        output, raw = loop.cast_call(self.codec, self.context.dtype, target, noise.to(device))
+        weights = pixel_weights(masks.to(device), options.entity_weight, options.dilation)
+        terms = reconstruction_terms(output, target, weights)
+        mean, std = statistics(raw)
+        terms["scale"] = mean.square().mean() + (std - 1).square().mean()
+        loss = terms["l1"] + options.mse * terms["mse"] + options.edge * terms["edge"] + options.scale * terms["scale"]
+        with torch.no_grad():
+            share = 1.0 if step == 0 else options.momentum
+            # New tensors, not in place: backward still needs the ones that forward saw.
+            self.codec.latent_mean = self.codec.latent_mean.lerp(mean, share)
+            self.codec.latent_std = self.codec.latent_std.lerp(std.clamp_min(1e-3), share)
+        return loss, terms
+
+    def validate(self, step: int) -> dict[str, float]:
+        target, masks, output = self._reconstruct()
+        squared = (output - target).square().mean(2)
+        results = {"psnr": psnr(squared.mean())}
+        boxes = in_boxes(masks)
+        if boxes.any():
+            results["psnr_entities"] = psnr(squared[boxes].mean())
+        results["latent_std"] = float(self.codec.latent_std.mean())
+        return results
+
+    def sample(self, step: int, folder: Path) -> None:
+        """Write codec.png: per narrative a row of originals above a row of reconstructions, 2x."""
+        target, _, output = self._reconstruct()
+        picked = torch.linspace(0, target.shape[1] - 1, min(8, target.shape[1])).round().long()
+        rows = torch.stack([target[:, picked], output[:, picked]], 1)  # [N, 2, T, 3, H, W]
+        sheet = to_uint8(rows).permute(0, 1, 4, 2, 5, 3).flatten(0, 2).flatten(1, 2)
+        sheet = sheet.repeat_interleave(2, 0).repeat_interleave(2, 1)
+        Image.fromarray(sheet.cpu().numpy()).save(folder / "codec.png")
+
+    def finish(self) -> None:
+        """Replace the running latent statistics by exact ones over fresh clips."""
+        raw = []
+        with torch.no_grad():
+            for index in range(-(-self.options.statistics_clips // 8)):
+                pixels, _ = self.clips.batch(HELD_OUT + 1000 + index, 8)
+                video = to_float(pixels).to(self.context.device)
+                raw.append(self._call(video, self.codec.start(), method="feed_raw")[0])
+            mean, std = statistics(torch.cat(raw))
+            self.codec.latent_mean.copy_(mean)
+            self.codec.latent_std.copy_(std.clamp_min(1e-3))
+
+    def _reconstruct(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Held-out clips -> target, masks, output clamped to [-1, 1]."""
+        if self._held_out is None:
+            batches = [self.clips.batch(HELD_OUT + index, 1) for index in range(self.options.held_out)]
+            self._held_out = tuple(torch.cat(parts) for parts in zip(*batches))
+        pixels, masks = (x.to(self.context.device) for x in self._held_out)
+        target = to_float(pixels)
+        with torch.no_grad():
+            output, _ = self._call(target)
+        return target, masks, output.clamp(-1, 1)
+
+    @property
+    def _call(self):
+        return partial(loop.cast_call, self.codec, self.context.dtype)

@@ -1,0 +1,41 @@
+"""Look at a transformer in training: stream short scripts from their text alone and lay the frames side by side."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from slotmemory.models import assemble
+
+# what the embedded model is asked for at sampling, and what its memories default to
+SETTINGS = {
+    "height": 48,
+    "width": 80,
+    "fps": 16,
+    "shift": 5.0,
+    "steps": [1000, 750, 500, 250],
+    "context_noise": 0.1,
+    "memory": {"placing": "capped", "reach": 21},
+}
+SCRIPTS = (
+    ["A red cat walks in the meadow.", "A blue ball waits on the beach.", "The red cat jumps in the snow."],
+    ["A green robot waits at night.", "The night is empty.", "The green robot walks at night."],
+    ["A purple ghost jumps on the beach.", "A yellow cat walks in the meadow.", "A purple ghost walks on the beach."],
+)
+CHUNKS_PER_SHOT = 4
+
+
+def filmstrips(objective, folder: Path, memory: str = "sink") -> None:
+    """Write one PNG: a row per script, two frames per chunk."""
+    dtype = objective.context.dtype
+    backbone = type(objective.transformer)(objective.transformer.config).to(dtype)
+    backbone.load_state_dict(objective.transformer.state_dict())
+    engine = assemble(backbone.eval(), objective.codec, objective.words, SETTINGS).with_memory(memory)
+    rows = []
+    for number, prompts in enumerate(SCRIPTS):
+        session = engine.session({i * CHUNKS_PER_SHOT: p for i, p in enumerate(prompts)}, seed=number)
+        frames = [session.step().frames[0, 2::6][:2] for _ in range(len(prompts) * CHUNKS_PER_SHOT)]
+        rows.append(torch.cat([frame for pair in frames for frame in pair], -1))
+    sheet = torch.cat(rows, 1).permute(1, 2, 0).numpy()
+    image = Image.fromarray(sheet)
+    image.resize((image.width, image.height), Image.NEAREST).save(folder / "filmstrips.png")

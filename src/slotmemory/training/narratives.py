@@ -1,0 +1,75 @@
+"""Fresh narratives as latents: what a transformer of the narrative world is trained on.
+
+Renders, encodes and keeps a sliding set of narratives. Narrative number i of a rank is a function of (seed, rank, i) and
+the set at a step a function of the step, so a resumed run sees what an uninterrupted one would have seen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slotmemory.codecs.base import to_float
+from slotmemory.training.loop import seed_for
+from slotmemory.world.narrative import Narrative
+
+CELL_SHARE = 0.15  # a latent cell belongs to an entity that covers at least this share of its pixels
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One narrative: latents [L, C, h, w], per-entity cells [E, L, h, w] bool, and per chunk prompt and who is visible."""
+
+    latents: Tensor
+    cells: Tensor
+    prompts: list[str]
+    visible: list[frozenset[int]]
+    starts: list[int]  # chunks at which a shot begins, 0 included
+
+    @property
+    def chunks(self) -> int:
+        return len(self.prompts)
+
+
+def encode(narrative: Narrative, codec, frames_per_chunk: int = 3) -> Encoded:
+    """Render and encode a whole narrative."""
+    last = narrative.frames
+    pixels = torch.from_numpy(np.ascontiguousarray(narrative.render(0, last)))
+    with torch.no_grad():
+        latents = codec.encode(to_float(pixels)[None].to(codec.dtype))[0].float()
+    chunks = len(latents) // frames_per_chunk
+    prompts = [narrative.prompt(k) for k in range(chunks)]
+    masks = narrative.truth(0, last).masks
+    stride = pixels.shape[-1] // latents.shape[-1]
+    cells = []
+    for entity in range(len(narrative.entities)):
+        share = torch.from_numpy(masks == entity + 1).float()
+        share = torch.nn.functional.avg_pool2d(share[:, None], stride)[:, 0]  # [T, h, w]
+        cells.append(torch.cat((share[:1], share[1:].unflatten(0, (-1, 4)).mean(1))) > CELL_SHARE)
+    return Encoded(
+        latents,
+        torch.stack(cells) if cells else torch.zeros(0, *latents[:, 0].shape, dtype=torch.bool),
+        prompts,
+        [frozenset(narrative.visible(k)) for k in range(chunks)],
+        [k for k in range(chunks) if k == 0 or prompts[k] != prompts[k - 1]],
+    )
+
+
+class Pool:
+    """A sliding set of `size` narratives, of which one is replaced every `refresh` steps."""
+
+    def __init__(self, make: Callable[[int], Encoded], size: int, refresh: int, seed: int, rank: int):
+        self.make, self.size, self.refresh = make, size, refresh
+        self.seed, self.rank = seed, rank
+        self.kept: dict[int, Encoded] = {}
+
+    def at(self, step: int) -> list[Encoded]:
+        first = step // self.refresh
+        wanted = range(first, first + self.size)
+        self.kept = {i: self.kept[i] if i in self.kept else self.make(self.seed_of(i)) for i in wanted}
+        return list(self.kept.values())
+
+    def seed_of(self, number: int) -> int:
+        return seed_for(self.seed, self.rank, number) % 2**31
