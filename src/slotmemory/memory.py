@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -225,25 +226,28 @@ def held_bytes(state: State) -> int:
     return sum(bank.nbytes for _, layers in banks(state) for bank in layers)
 
 
+_BANK = "<Bank>"  # no policy names a part of its state so
+
+
 def to_plain(tree: Any) -> Any:
     """Turn banks into dictionaries, so that a state can be saved as tensors and names."""
     if isinstance(tree, Bank):
-        return {"bank": {f.name: getattr(tree, f.name) for f in fields(tree)}}
+        return {_BANK: {f.name: getattr(tree, f.name) for f in fields(tree)}}
     if isinstance(tree, dict):
         return {k: to_plain(v) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
-        return [to_plain(v) for v in tree]
+        return (list if isinstance(tree, list) else tuple)(to_plain(v) for v in tree)
     return tree
 
 
 def from_plain(tree: Any) -> Any:
     """Undo `to_plain`."""
     if isinstance(tree, dict):
-        if set(tree) == {"bank"}:
-            return Bank(**tree["bank"])
+        if set(tree) == {_BANK}:
+            return Bank(**tree[_BANK])
         return {k: from_plain(v) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [from_plain(v) for v in tree]
+    if isinstance(tree, list | tuple):
+        return type(tree)(from_plain(v) for v in tree)
     return tree
 
 
@@ -263,8 +267,10 @@ def find(name: str) -> type[Memory]:
         path = Path(name)
         if not path.is_file():
             raise InputError(f"memory file {name} does not exist")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        # a name of its own, known to Python while it runs: dataclasses look their module up
+        spec = importlib.util.spec_from_file_location(f"slotmemory.memories.file.{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     elif name in names():
         module = importlib.import_module(f"slotmemory.memories.{name}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from slotmemory.backbones.causal_wan import CausalWan, WanConfig
@@ -20,15 +21,27 @@ from slotmemory.codecs.base import check_tensors, read_metadata_json, read_tenso
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
 from slotmemory.engine import Engine
-from slotmemory.errors import InputError, unknown
+from slotmemory.errors import InputError, shorten, unknown
 from slotmemory.layout import Layout
 from slotmemory.memory import build
 from slotmemory.sampler import FewStep, FlowSchedule
 
 
+# what model.json tells, beside the sizes that the weights carry
+SETTINGS = {
+    "height": int,
+    "width": int,
+    "fps": int,
+    "shift": int | float,
+    "steps": list,
+    "context_noise": int | float,
+    "memory": dict,
+}
+
+
 def embedded() -> list[str]:
     """Names of the models inside the package."""
-    return sorted(p.name for p in Path(str(files("slotmemory") / "assets")).iterdir() if (p / "model.json").is_file())
+    return sorted(p.parent.name for p in Path(str(files("slotmemory") / "assets")).glob("*/model.json"))
 
 
 def folder_of(name: str) -> Path:
@@ -51,17 +64,25 @@ def native_dtype() -> torch.dtype:
 def settings_of(folder: Path) -> dict[str, Any]:
     path = folder / "model.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError.from_os("read", path, error) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{path} is no JSON ({error})") from None
+    for name, kind in SETTINGS.items():
+        value = settings.get(name) if isinstance(settings, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise InputError(f"{path}: '{name}' is {shorten(value)}; the file is damaged or another model's")
+    return settings
 
 
 def load_module(module_of, path: Path) -> nn.Module:
     """Build a module from the sizes in a weights file and fill it: module_of(config as JSON text or values)."""
     tensors, metadata = read_tensors(path)
-    module = module_of(read_metadata_json(metadata, "config", path))
+    try:
+        module = module_of(read_metadata_json(metadata, "config", path))
+    except (TypeError, KeyError, ValueError, AssertionError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"{path}: sizes that make no model ({error})") from None
     check_tensors(tensors, module.state_dict(), path)
     module.load_state_dict(tensors)
     return module
@@ -108,3 +129,18 @@ def assemble(backbone: CausalWan, codec: PreviewCodec, words: WordEncoder, setti
         settings["context_noise"],
         settings["memory"],
     )
+
+
+def pack(folder: Path, parts: dict[str, Path], settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a model folder from exported weights: parts by name (transformer, words, codec, ...), stored in `dtype`.
+
+    Statistics and other tensors of one axis stay fp32: they are small, and rounding them shows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in parts.items():
+        tensors, metadata = read_tensors(path)
+        stored = {k: t.to(dtype) if t.is_floating_point() and t.ndim > 1 else t for k, t in tensors.items()}
+        partial = folder / f"{name}.safetensors.partial"
+        save_file({k: t.contiguous() for k, t in stored.items()}, partial, metadata)
+        partial.replace(folder / f"{name}.safetensors")
+    (folder / "model.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

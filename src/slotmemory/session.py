@@ -77,7 +77,7 @@ class SeededNoise:
 
     def restore(self, state: list[Tensor]) -> None:
         for generator, saved in zip(self.generators, state):
-            generator.set_state(saved)
+            generator.set_state(saved.cpu())  # a state loaded onto an accelerator
 
 
 class Session:
@@ -135,7 +135,7 @@ class Session:
         if self.done:
             raise InputError(f"the stream is over after {self.chunks} chunks")
         engine, layout = self.engine, self.engine.layout
-        random, clock = self.noise.state(), Clock()
+        index, random, clock = self.index, self.noise.state(), Clock()
         try:
             told = self._told()
             now, state = self._now(told), self.state
@@ -165,28 +165,29 @@ class Session:
             kept = engine.memory.update(engine.memory.write(state, written), written)
             clock.lap("write")
             video, decoding = engine.codec.push(latents.to(engine.codec.dtype), self.decoding)
+            pixels = to_uint8(video)
             clock.lap("decode")
+            layer = layout.layers // 2
+            start, last = (layout.chunk_frames(now.chunk)[i] / layout.fps for i in (0, -1))
+            stop = last + 1 / layout.fps
+            shot, prompt = self.prompt_at(now.chunk)
+            trace = {
+                "chunk": now.chunk,
+                "seconds": [round(start, 4), round(stop, 4)],
+                "shot": shot,
+                "prompt": prompt,
+                "switched": now.switched,
+                **record(self.state, state, kept, read[layer], layer),
+                "milliseconds": clock.laps,
+            }
+            chunk = Chunk(now.chunk, shot, prompt, start, stop, latents, pixels, trace)
+            # all of it in one call, so that Ctrl-C falls before it or after it
+            vars(self).update(self._past(latents, told), state=kept, decoding=decoding, index=index + 1)
         except BaseException:
-            self.noise.restore(random)
+            if self.index == index:
+                self.noise.restore(random)
             raise
-        layer = layout.layers // 2
-        start, stop = (layout.chunk_frames(now.chunk)[i] / layout.fps for i in (0, -1))
-        shot, prompt = self.prompt_at(now.chunk)
-        trace = {
-            "chunk": now.chunk,
-            "seconds": [round(start, 4), round(stop + 1 / layout.fps, 4)],
-            "shot": shot,
-            "prompt": prompt,
-            "switched": now.switched,
-            **record(state, kept, read[layer], layer),
-            "milliseconds": clock.laps,
-        }
-        self.state, self.decoding = kept, decoding
-        self._commit(latents, told)
-        self.index += 1
-        return Chunk(
-            now.chunk, shot, prompt, start, stop + 1 / layout.fps, latents, to_uint8(video), trace
-        )
+        return chunk
 
     @torch.no_grad()
     def prefill(self, latents: Tensor) -> None:
@@ -196,8 +197,8 @@ class Session:
             told = self._told()
             now = self._now(told, frames=part.shape[1])
             written = self._clean_pass(part, now, Buffered(self._rotated(self._read(self.state, now))))
-            self.state = self.engine.memory.update(self.engine.memory.write(self.state, written), written)
-            self._commit(part, told)
+            state = self.engine.memory.update(self.engine.memory.write(self.state, written), written)
+            vars(self).update(self._past(part, told), state=state)
 
     # parts of a step
 
@@ -273,13 +274,12 @@ class Session:
         _, seen = engine.backbone(latents_in, steps, now.text, frames, pattern)
         return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents)
 
-    def _commit(self, latents: Tensor, told: Told) -> None:
-        self.told = told
-        self.frame += latents.shape[1]
-        keep = self.engine.memory.replays
+    def _past(self, latents: Tensor, told: Told) -> dict[str, Any]:
+        """What the session remembers of latents once they are made."""
+        keep, recent = self.engine.memory.replays, None
         if keep:
-            past = latents if self.recent is None else torch.cat((self.recent, latents), 1)
-            self.recent = past[:, -keep:]
+            recent = (latents if self.recent is None else torch.cat((self.recent, latents), 1))[:, -keep:]
+        return {"told": told, "frame": self.frame + latents.shape[1], "recent": recent}
 
     # copies of a stream
 
@@ -298,11 +298,13 @@ class Session:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on exactly where `snapshot` was taken, on the same engine."""
+        """Go on exactly where `snapshot` was taken, on the same engine; tensors may be on any device."""
+        device = self.engine.device
         self.prompts = {int(chunk): text for chunk, text in saved["prompts"]}
         self.chunks, self.index, self.frame = saved["chunks"], saved["index"], saved["frame"]
         self.noise.restore(saved["noise"])
-        self.state, self.decoding, self.recent = from_plain(saved["memory"]), saved["decoding"], saved["recent"]
+        self.state = from_plain(_moved(saved["memory"], device))
+        self.decoding, self.recent = _moved(saved["decoding"], device), _moved(saved["recent"], device)
         self.told = None if saved["told"] is None else self._encode(saved["told"])
 
     def save(self, path) -> None:
@@ -315,7 +317,7 @@ class Session:
         """Restore a snapshot from a file."""
         from slotmemory.tree import tree_from_file
 
-        self.restore(tree_from_file(path, self.engine.device))
+        self.restore(tree_from_file(path))  # on the CPU, where the random streams stay
 
     def fork(self) -> Session:
         """Return an independent stream that starts from this one's present; tensors are shared, never changed."""
@@ -325,6 +327,15 @@ class Session:
         if isinstance(self.noise, SeededNoise):
             twin.noise.generators = [g.clone_state() for g in self.noise.generators]
         return twin
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    """Put a plain tree's tensors on a device."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {key: _moved(value, device) for key, value in tree.items()}
+    return [_moved(value, device) for value in tree] if isinstance(tree, list) else tree
 
 
 class Clock:

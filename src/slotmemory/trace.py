@@ -15,22 +15,25 @@ def items(state: State, layer: int) -> dict[Key, tuple[Bank, int]]:
     found = {}
     for name, layers in banks(state):
         bank = layers[layer]
-        for i, (born, owner) in enumerate(zip(bank.born[0].tolist(), bank.owner[0].tolist())):
+        for i, (born, owner) in enumerate(names_of(bank)):
             found[(name, born, owner)] = (bank, i)
     return found
 
 
-def record(before: State, after: State, read: list[Bank], layer: int) -> dict[str, Any]:
+def record(before: State, shown: State, after: State, read: list[Bank], layer: int) -> dict[str, Any]:
     """Say which items were read, written and evicted in one layer; ids read `bank:born` or `bank:born.owner`.
 
-    before, after: the state around the chunk's write and update; read: what `Memory.read` returned for this layer.
+    before: the state the chunk found; shown: what a prompt switch made of it (else the same), which `read` was called
+    with; after: the state once the chunk was written; read: what `Memory.read` returned for this layer.
     """
-    had, has = items(before, layer), items(after, layer)
-    seen = {(born, owner) for bank in read for born, owner in zip(bank.born[0].tolist(), bank.owner[0].tolist())}
+    had, has, could = items(before, layer), items(after, layer), items(shown, layer)
+    seen = {item for bank in read for item in names_of(bank)}
+    kinds = {(born, owner): name for name, born, owner in could}
     tokens: dict[str, int] = {}
-    for (name, born, owner), (bank, _) in had.items():
-        if (born, owner) in seen:
-            tokens[name] = tokens.get(name, 0) + bank.keys.shape[2]
+    for bank in read:
+        for item in names_of(bank):
+            kind = kinds.get(item, "made")  # a policy may read what it does not hold
+            tokens[kind] = tokens.get(kind, 0) + bank.keys.shape[2]
     listed = []
     for key, (bank, i) in {**had, **has}.items():
         name, born, owner = key
@@ -40,9 +43,9 @@ def record(before: State, after: State, read: list[Bank], layer: int) -> dict[st
                 "kind": name,
                 "born": born,
                 "owner": owner,
-                "score": round(float(bank.score[0, i]), 4),
+                "score": round(float(bank.score[0, i].detach()), 4),
                 "tokens": bank.keys.shape[2],
-                "read": key in had and (born, owner) in seen,
+                "read": key in could and (born, owner) in seen,
             }
         )
     return {
@@ -52,6 +55,11 @@ def record(before: State, after: State, read: list[Bank], layer: int) -> dict[st
         "evicted": [label(key) for key in had if key not in has],
         "bytes": held_bytes(after),
     }
+
+
+def names_of(bank: Bank) -> list[tuple[int, int]]:
+    """Birth and owner of each item, batch row 0."""
+    return list(zip(bank.born[0].tolist(), bank.owner[0].tolist()))
 
 
 def label(key: Key) -> str:

@@ -58,7 +58,9 @@ def tree_to_file(tree: Any, path: str | Path) -> None:
         file.write(text)
         for tensor in tensors:
             if tensor.numel():
-                data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                dense = tensor.detach().cpu().contiguous()
+                # a dense tensor of one element may carry any stride, and a view of its bytes needs 1
+                data = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
                 file.write(memoryview(data.numpy()))
 
 

@@ -69,7 +69,7 @@ def num_latents(frames: int, time_stride: int = 4) -> int:
     if frames < 1 or (frames - 1) % time_stride:
         below = max(1, (frames - 1) // time_stride * time_stride + 1)
         raise InputError(
-            f"frames={frames} is not {time_stride} * n + 1; use {below} or {below + time_stride}, or `feed` for a stream"
+            f"frames={frames} is not {time_stride} * n + 1; use {below} or {below + time_stride}, or feed a stream"
         )
     return (frames - 1) // time_stride + 1
 

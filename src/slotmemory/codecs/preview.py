@@ -40,6 +40,7 @@ class PreviewConfig:
     blocks: memory blocks per stage, one number or one per decoder stage (the encoder mirrors it).
     direct: beside the convolutions, a linear map between a latent cell and the 4 frames x 8 x 8 pixels it stands for
     (not in TAEHV): started as principal components, it lets a codec learn in minutes what else takes hours.
+    normed: NormedMemBlock in place of TAEHV's MemBlock.
     """
 
     image_channels: int = 3
@@ -51,6 +52,7 @@ class PreviewConfig:
     space: tuple[bool, ...] = (True, True, True)
     time: tuple[bool, ...] = (False, True, True)
     direct: bool = False
+    normed: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, int):
@@ -93,6 +95,7 @@ class PreviewConfig:
             blocks=(3, 2, 2),
             space=(True, False, False),
             direct=True,
+            normed=True,
         )
 
     @classmethod
@@ -133,6 +136,22 @@ class MemBlock(nn.Module):
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
         """x, past [N, C, h, w], past one frame earlier -> [N, C, h, w]."""
         return F.relu(self.conv(torch.cat([x, past], 1)) + self.skip(x))
+
+
+class NormedMemBlock(MemBlock):
+    """The same role with normalised inputs and an untouched residual path (not in TAEHV).
+
+    TAEHV's block rectifies its residual path; trained from scratch for minutes at a high rate, most channels die.
+    """
+
+    def __init__(self, channels: int) -> None:
+        nn.Module.__init__(self)
+        self.norm1, self.norm2 = nn.GroupNorm(8, 2 * channels), nn.GroupNorm(8, channels)
+        self.conv1, self.conv2 = conv(2 * channels, channels), conv(channels, channels)
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(torch.cat([x, past], 1))))
+        return x + self.conv2(F.silu(self.norm2(hidden)))
 
 
 class TPool(nn.Module):
@@ -201,23 +220,28 @@ class PreviewCodec(nn.Module):
         self.latent_channels = config.latent_channels
         pixels = config.image_channels * config.patch**2
 
+        def block(channels: int) -> MemBlock:
+            return NormedMemBlock(channels) if config.normed else MemBlock(channels, channels)
+
         widths = (config.encoder_channels[0], *config.encoder_channels)
-        layers: list[nn.Module] = [conv(pixels, widths[0]), nn.ReLU()]
+        first = nn.SiLU if config.normed else nn.ReLU
+        layers: list[nn.Module] = [conv(pixels, widths[0]), first()]
         for stage in range(STAGES):
             mirror = STAGES - 1 - stage
             before, width = widths[stage], widths[stage + 1]
             layers += [TPool(before, 1 + config.time[mirror])]
             layers += [conv(before, width, stride=1 + config.space[mirror], bias=False)]
-            layers += [MemBlock(width, width) for _ in range(config.blocks[mirror])]
+            layers += [block(width) for _ in range(config.blocks[mirror])]
         self.encoder = nn.Sequential(*layers, conv(widths[-1], config.latent_channels))
 
         widths = config.decoder_channels
-        layers = [Clamp(), conv(config.latent_channels, widths[0]), nn.ReLU()]
+        layers = [Clamp(), conv(config.latent_channels, widths[0]), first()]
         for stage in range(STAGES):
-            layers += [MemBlock(widths[stage], widths[stage]) for _ in range(config.blocks[stage])]
+            layers += [block(widths[stage]) for _ in range(config.blocks[stage])]
             layers += [nn.Upsample(scale_factor=1 + config.space[stage]), TGrow(widths[stage], 1 + config.time[stage])]
             layers += [conv(widths[stage], widths[stage + 1], bias=False)]
-        self.decoder = nn.Sequential(*layers, nn.ReLU(), conv(widths[-1], pixels))
+        last = [nn.GroupNorm(8, widths[-1]), nn.SiLU()] if config.normed else [nn.ReLU()]
+        self.decoder = nn.Sequential(*layers, *last, conv(widths[-1], pixels))
         if config.direct:
             cell = config.image_channels * SPACE_STRIDE**2 * TIME_STRIDE
             self.direct_in = nn.Linear(cell, config.latent_channels)
@@ -234,6 +258,8 @@ class PreviewCodec(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 rectified = layer.kernel_size == (3, 3) and layer is not self.encoder[-1]
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if rectified else "linear")
+                if name.endswith("conv2"):
+                    nn.init.zeros_(layer.weight)
                 if name.endswith("conv.4"):
                     nn.init.kaiming_normal_(layer.weight, a=RESIDUAL_SLOPE)
                 if layer.bias is not None:
@@ -243,7 +269,7 @@ class PreviewCodec(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, video: Tensor) -> None:
-        """Scale the encoder's last layer so that the raw latents of video [B, T, 3, H, W] have mean 0 and variance 1."""
+        """Scale the encoder's last layer so that raw latents of video [B, T, 3, H, W] have mean 0 and variance 1."""
         if self.config.direct:
             self._principal_components(video)
         raw, _ = self.feed_raw(video, self.start())
@@ -381,7 +407,7 @@ class PreviewCodec(nn.Module):
         if video.ndim != 5 or video.shape[2] != self.config.image_channels or not video.is_floating_point():
             raise InputError(f"video is {tuple(video.shape)} {video.dtype}, expected {expected}")
         if video.shape[3] % SPACE_STRIDE or video.shape[4] % SPACE_STRIDE:
-            raise InputError(f"video of {video.shape[4]}x{video.shape[3]} pixels: both must be multiples of {SPACE_STRIDE}")
+            raise InputError(f"video of {video.shape[4]}x{video.shape[3]} pixels: use multiples of {SPACE_STRIDE}")
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[2] != self.latent_channels:

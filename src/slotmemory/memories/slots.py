@@ -72,6 +72,9 @@ class Slots(Sink):
             raise InputError(unknown("store", store, STORES))
         if text_by not in ("query", "key"):
             raise InputError(unknown("text_by", text_by, ("query", "key")))
+        for name, value, least in (("slots", slots, 1), ("bank", bank, 0), ("record_every", record_every, 1)):
+            if value < least:
+                raise InputError(f"{name}={value} is too small; use {least} or more")
         per_record = slots * tokens_per_slot
         if budget is None:
             super().__init__(layout, None, **options)
@@ -82,10 +85,11 @@ class Slots(Sink):
             super().__init__(layout, budget - bank * per_record, **options)
             self.budget = budget
         tokens = layout.tokens_per_chunk if store != "first" else layout.tokens_per_frame
-        if per_record > tokens and exclusive:
+        most = tokens // slots if exclusive else tokens
+        if not 1 <= tokens_per_slot <= most:
             raise InputError(
                 f"slots={slots} of tokens_per_slot={tokens_per_slot} are {per_record} tokens, but a record chooses from "
-                f"{tokens}; use tokens_per_slot <= {tokens // slots}"
+                f"{tokens}; use tokens_per_slot from 1 to {most}"
             )
         self.num_slots, self.tokens_per_slot, self.capacity = slots, tokens_per_slot, bank * slots
         self.record_every, self.record_first = record_every, record_first
@@ -115,7 +119,10 @@ class Slots(Sink):
 
     def _unseen(self, bank: Bank, state: State, layer: int) -> Bank:
         """Leave out items of frames that sink or window still show; all rows are in step, so row 0 tells."""
-        shown = torch.cat([state[name][layer].born[0] for name in ("sink", "window")])
+        shown = [state[name][layer].born[0] for name in ("sink", "window") if state[name]]  # a switch may empty both
+        if not shown:
+            return bank
+        shown = torch.cat(shown)
         return bank.take((~torch.isin(bank.born[0], shown)).nonzero()[:, 0].expand(len(bank.born), -1))
 
     def _predicted(self, state: State, layer: int) -> Tensor:

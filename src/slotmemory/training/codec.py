@@ -24,7 +24,6 @@ from slotmemory.training import loop
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import chunk_frames
 from slotmemory.world.narrative import Narrative
-from slotmemory.world.clock import chunk_frames
 
 HELD_OUT = 1 << 62  # training seeds lie below, held-out ones above
 
@@ -40,6 +39,7 @@ class Sizes(Frozen):
     space: tuple[bool, ...] = PreviewConfig.tiny().space
     time: tuple[bool, ...] = PreviewConfig.tiny().time
     direct: bool = PreviewConfig.tiny().direct
+    normed: bool = PreviewConfig.tiny().normed
 
 
 class Options(Frozen):
@@ -55,7 +55,8 @@ class Options(Frozen):
     entity_weight: float = Field(8.0, ge=1, description="weight of entity pixels against background pixels")
     dilation: int = Field(2, ge=0, description="pixels by which entity masks grow")
     mse: float = Field(1.0, ge=0)
-    edge: float = Field(1.0, ge=0, description="weight of the finite-difference term")
+    l1: float = Field(0.0, ge=0, description="slow at the start: after 60 steps on one batch 21.4 dB, mse 28.8 dB")
+    edge: float = Field(0.0, ge=0, description="weight of the finite-difference term")
     noise: float = Field(0.1, ge=0, description="noise on normalised latents before decoding")
     scale: float = Field(0.01, ge=0, description="pull of the raw latents towards zero mean and unit variance")
     momentum: float = Field(0.02, gt=0, le=1, description="of the running latent statistics")
@@ -81,7 +82,8 @@ class NarrativeClips:
         rng = np.random.default_rng(seed)
         pairs = []
         while len(pairs) < count:
-            narrative = Narrative.random(int(rng.integers(1 << 31)) + (seed >= HELD_OUT) * (1 << 31), self.options.seconds)
+            number = int(rng.integers(1 << 31)) + (seed >= HELD_OUT) * (1 << 31)
+            narrative = Narrative.random(number, self.options.seconds)
             for _ in range(min(self.options.clips_per_narrative, count - len(pairs))):
                 pairs.append(self._cut(narrative, rng))
         pixels, masks = zip(*pairs)
@@ -182,6 +184,18 @@ class Objective(loop.Objective):
     def modules(self) -> dict[str, nn.Module]:
         return {"codec": self.codec}
 
+    def parameter_groups(self):
+        # Adam moves every weight by about the rate: where many alike inputs add up to a latent or a pixel, that is a
+        # leap that undoes the start; measured on one batch, 100 steps: 21.4 dB with even rates, 34.0 dB with these.
+        last = {f"encoder.{len(self.codec.encoder) - 1}.": 0.1, f"decoder.{len(self.codec.decoder) - 1}.": 0.3}
+        scales = {"direct_": 0.002, **last}
+        names = [name for name, _ in self.codec.named_parameters()]
+        groups = [
+            {"names": [f"codec.{n}" for n in names if n.startswith(start)], "optimizer": "adamw", "scale": scale}
+            for start, scale in scales.items()
+        ]
+        return [group for group in groups if group["names"]]
+
     def running(self) -> list[Tensor]:
         return [self.codec.latent_mean, self.codec.latent_std]
 
@@ -201,7 +215,8 @@ class Objective(loop.Objective):
         terms = reconstruction_terms(output, target, weights)
         mean, std = statistics(raw)
         terms["scale"] = mean.square().mean() + (std - 1).square().mean()
-        loss = terms["l1"] + options.mse * terms["mse"] + options.edge * terms["edge"] + options.scale * terms["scale"]
+        shares = {"l1": options.l1, "mse": options.mse, "edge": options.edge, "scale": options.scale}
+        loss = sum(share * terms[name] for name, share in shares.items())
         with torch.no_grad():
             share = 1.0 if step == 0 else options.momentum
             # New tensors, not in place: backward still needs the ones that forward saw.

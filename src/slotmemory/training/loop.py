@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,9 +30,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
-from torch import multiprocessing
 
 from slotmemory.codecs.base import check_tensors, read_tensors
 from slotmemory.errors import InputError
@@ -85,10 +84,10 @@ class Objective(ABC):
         """Measure on held-out data; runs on rank 0 with the averaged weights."""
         return {}
 
-    def sample(self, step: int, folder: Path) -> None:
+    def sample(self, step: int, folder: Path) -> None:  # noqa: B027 (may stay empty)
         """Write pictures into `folder`; runs on rank 0 with the averaged weights."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027
         """Do what is due before the last export; runs on rank 0 with the averaged weights."""
 
     def metadata(self, module: str) -> dict[str, str]:
@@ -170,7 +169,7 @@ def build_optimizers(objective: Objective, parameters: Mapping[str, nn.Parameter
             continue
         if kind == "adamw":
             optimizers.append(
-                torch.optim.AdamW(chosen, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+                torch.optim.AdamW(chosen, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True)
             )
         else:
             optimizers.append(
@@ -218,15 +217,15 @@ class _Trainer:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
-    def advance(self, minutes: float, stop: bool) -> tuple[dict[str, float], bool]:
-        """Take one step; `minutes` and `stop` count on rank 0 only -> what to log, whether rank 0 wants to stop."""
+    def advance(self, minutes: Callable[[], float], stopped: threading.Event) -> tuple[dict[str, float], bool]:
+        """Take one step; `minutes` and `stopped` count on rank 0 only -> what to log, whether rank 0 wants to stop."""
         generator = generator_for(self.recipe.seed, self.step, self.rank)
         loss, terms = self.objective.loss(self.step, self.rank, generator)
         loss.backward()
         names = ["loss", *sorted(terms)]
         values = [loss.detach(), *(terms[name].detach() for name in names[1:])]
         lead = float(self.rank == 0) * self.recipe.processes
-        signals = loss.new_tensor([minutes * lead, float(stop) * lead])
+        signals = torch.tensor([minutes() * lead, float(stopped.is_set()) * lead])
         running = self.objective.running()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
         size = sum(part.numel() for part in parts)
@@ -440,7 +439,7 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
                 reason = "minutes"
                 break
             begun = time.monotonic()
-            record, wants_stop = trainer.advance(minutes(), stopped.is_set())
+            record, wants_stop = trainer.advance(minutes, stopped)
             if rank == 0:
                 now = time.monotonic()
                 record = {"step": trainer.step, **record, "minutes": minutes(), "steps_per_second": 1 / (now - begun)}
@@ -452,7 +451,8 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
                         for key, value in record.items()
                         if key not in ("step", "minutes", "steps_per_second")
                     )
-                    log.info("step %d/%d %s | %.2f steps/s, %.1f min", trainer.step, recipe.steps, text, pace, minutes())
+                    place = f"step {trainer.step}/{recipe.steps}"
+                    log.info("%s %s | %.2f steps/s, %.1f min", place, text, pace, minutes())
                     file.flush()
                     printed, steps_printed = now, trainer.step
                 if due(recipe.validate_steps) or due(recipe.sample_steps):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -77,9 +78,17 @@ def find_objective(name: str) -> ModuleType:
         path = Path(name)
         if not path.is_file():
             raise InputError(f"objective {name}: no such file")
-        spec = importlib.util.spec_from_file_location(f"slotmemory_objective_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        key = f"slotmemory_objective:{path.resolve()}"
+        if key not in sys.modules:
+            spec = importlib.util.spec_from_file_location(key, path)
+            # Registered before it runs: pydantic looks annotations up there.
+            sys.modules[key] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(sys.modules[key])
+            except BaseException:
+                del sys.modules[key]
+                raise
+        module = sys.modules[key]
     else:
         known = objectives()
         if name not in known:

@@ -1,0 +1,139 @@
+"""From options to an engine with a session on it, with every default resolved and written down in a recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slotmemory import memory as memories
+from slotmemory.config import Argument, Generate, check_arguments, generate_options
+from slotmemory.engine import Engine
+from slotmemory.errors import InputError, shorten
+from slotmemory.models import embedded, folder_of, native_dtype
+from slotmemory.sampler import FewStep
+from slotmemory.script import Schedule, Script
+from slotmemory.session import Session
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs; `options` has no open value but the budget, `recipe` is what a run folder keeps."""
+
+    script: Script
+    options: Generate
+    engine: Engine
+    session: Session
+    schedule: Schedule
+    recipe: Mapping[str, Any]
+
+
+def prepare(script: Script, options: Generate) -> Prepared:
+    """Load the model and open a session. Raises InputError for whatever cannot be had, before anything is written."""
+    device = find_device(options.device)
+    dtype = options.dtype or dtype_for(device)[0]
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    folder = folder_of(options.model)
+    # a recipe is read from any working directory
+    model = options.model if options.model in embedded() else str(folder.resolve())
+    memory = str(Path(options.memory).resolve()) if options.memory.endswith(".py") else options.memory
+    policy = _policy(memory)
+    check_arguments(options.memory, options.arguments, memories.arguments(policy))
+
+    engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=DTYPES[dtype])
+    arguments = {**memories.arguments(policy), **engine.defaults_for(memory, dict(options.arguments))}
+    engine = _with_memory(engine, memory, options.budget, arguments)
+    _check_size(script, engine)
+    seed = options.seed
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    sampler = engine.sampler
+    resolved = {
+        "model": model,
+        "memory": memory,
+        "arguments": arguments,
+        "budget": options.budget,
+        "steps": list(sampler.steps) if isinstance(sampler, FewStep) else sampler.count,
+        "seed": seed,
+        "scale": options.scale,
+        "save_every": options.save_every,
+        "device": str(device),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+    }
+    found = {"tokens": engine.memory.budget, "weights": digest(folder), "torch": str(torch.__version__)}
+    options = generate_options(resolved)
+    session = engine.session(script, seed)
+    return Prepared(script, options, engine, session, script.schedule(engine.layout), {**resolved, **found})
+
+
+def find_device(name: str | None) -> torch.device:
+    """Resolve a device, or choose a GPU where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = shorten(str(error).split("\n")[0].rstrip("."), 120)
+        raise InputError(f"device '{shorten(name)}' cannot be used here ({reason}); use cpu") from None
+    return device
+
+
+def dtype_for(device: torch.device) -> tuple[str, str]:
+    """The dtype used unless one is asked for, and why."""
+    if device.type != "cpu":
+        return "bf16", "a GPU multiplies it natively"
+    if native_dtype() is torch.bfloat16:
+        return "bf16", "this processor multiplies it natively"
+    return "fp32", "this processor does not multiply bf16 natively"
+
+
+def digest(folder: Path) -> str:
+    """Name a model's weights by their content: 16 digits of a SHA-256 over its files."""
+    total = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "model.json"]):
+        try:
+            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise InputError.from_os("read", path, error) from None
+    return total.hexdigest()[:16]
+
+
+def _policy(name: str) -> type[memories.Memory]:
+    try:
+        return memories.find(name)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a person's own file may raise anything
+        raise InputError(f"memory {name} cannot be loaded: {type(error).__name__}: {shorten(str(error), 200)}") from error
+
+
+def _with_memory(engine: Engine, name: str, budget: int | None, arguments: Mapping[str, Argument]) -> Engine:
+    try:
+        return engine.with_memory(name, budget, **arguments)
+    except InputError as error:
+        raise InputError(f"memory '{name}': {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        said = f"{type(error).__name__}: {shorten(str(error), 120)}"
+        raise InputError(f"memory '{name}' cannot be made with {given}: {said}") from error
+
+
+def _check_size(script: Script, engine: Engine) -> None:
+    layout = engine.layout
+    for name, size in (("width", layout.width), ("height", layout.height)):
+        asked = script.options.get(name, size)
+        if asked != size:
+            raise InputError(
+                f"options: {name}: this model makes {layout.width}x{layout.height} pixels, got {asked}; "
+                "leave it out and enlarge with --scale"
+            )

@@ -1,0 +1,68 @@
+"""Show how far a stream is: a bar on a terminal, a line now and then elsewhere. On stderr; results go to stdout."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from slotmemory.script import Schedule
+
+QUIET_SECONDS = 10.0  # between plain lines
+
+
+class Progress:
+    """Reports chunk, shot, frames per second and time left; `pace` is the frames per second of this process."""
+
+    def __init__(self, schedule: Schedule, done: int, console: Console | None = None) -> None:
+        self.schedule, self.done, self.first = schedule, done, done
+        self.console = console or Console(stderr=True)
+        self.frames = 0
+        self.pace: float | None = None
+        self.started = self.told = time.monotonic()
+        self.bar: Bar | None = None
+        if self.console.is_terminal:
+            columns = (BarColumn(bar_width=30), TextColumn("{task.description}"))
+            self.bar = Bar(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("the first chunk is being made ...", total=schedule.chunks, completed=done)
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        self.started = self.told = time.monotonic()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def chunk(self, shot: int, frames: int) -> None:
+        """Count one more chunk."""
+        now = time.monotonic()
+        self.done += 1
+        self.frames += frames
+        self.pace = self.frames / max(now - self.started, 1e-6)
+        if self.bar is not None:
+            prompt = escape(self.schedule.script.shots[shot].prompt)
+            self.bar.update(self.task, completed=self.done, description=f"{self.line(shot)}  [dim]{prompt}")
+        elif self.done in (self.first + 1, self.schedule.chunks) or now - self.told >= QUIET_SECONDS:
+            self.told = now
+            self.console.print(self.line(shot), highlight=False, soft_wrap=True)
+
+    def line(self, shot: int) -> str:
+        left = (self.schedule.frames - self.schedule.layout.chunk_frames(self.done).start) / self.pace
+        return (
+            f"chunk {self.done}/{self.schedule.chunks}  shot {shot + 1}/{len(self.schedule.script.shots)}  "
+            f"{self.pace:.1f} frames/s  {clock(left)} left"
+        )
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as people do: 0:42, 12:05, 1:02:30."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

@@ -1,0 +1,101 @@
+"""How to generate, validated before anything is loaded, and the file that repeats it.
+
+Every default of `slotmemory generate` stands here. Pure data: what a model or a memory's arguments mean is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from slotmemory.errors import InputError, shorten, unknown
+from slotmemory.script import MAX_SEED
+
+Argument = bool | int | float | str | None
+
+
+class Generate(BaseModel):
+    """Everything that decides a run's video beside its script."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    model: str = "tiny"
+    memory: str = "slots"
+    arguments: dict[str, Argument] = {}
+    budget: int | None = Field(None, ge=0, le=2**31)
+    steps: int | list[int] | None = None  # None: what the model was trained for
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    scale: int = Field(8, ge=1, le=64)
+    save_every: int = Field(10, ge=1, le=2**31)
+    device: str | None = None  # None: a GPU where there is one
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: the fastest that loses nothing
+    threads: int | None = Field(None, ge=1, le=1024)
+
+    @field_validator("steps")
+    @classmethod
+    def _steps(cls, steps: int | list[int] | None) -> int | list[int] | None:
+        if isinstance(steps, list):
+            falling = all(after < before for before, after in zip(steps, steps[1:]))
+            if not steps or not falling or steps[0] > 1000 or steps[-1] <= 0:
+                raise ValueError("expected numbers that fall from at most 1000 to above 0, such as 1000,750,500,250")
+        elif steps is not None and not 1 <= steps <= 1000:
+            raise ValueError("expected a number of steps from 1 to 1000, or a list such as 1000,750,500,250")
+        return steps
+
+
+def generate_options(values: Mapping[str, Any], source: str = "options") -> Generate:
+    """Validate plain values; the first mistake becomes one line that names the option."""
+    for key in values:
+        if key not in Generate.model_fields:
+            raise InputError(f"{source}: {unknown('option', key, Generate.model_fields)}")
+    try:
+        return Generate.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source}: {first['loc'][0]}: {said}, got {shorten(values.get(first['loc'][0]))}") from None
+
+
+def parse_steps(text: str) -> int | list[int]:
+    """Read `20` (so many Euler steps) or `1000,750,500,250` (a few-step list)."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise InputError(f"--steps {shorten(text)}: expected a number of steps or a list such as 1000,750,500,250")
+    return numbers if "," in text else numbers[0]
+
+
+def parse_arguments(pairs: Iterable[str]) -> dict[str, Argument]:
+    """Read memory arguments written `key=value`; values as in YAML."""
+    found: dict[str, Argument] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise InputError(f"memory argument {shorten(pair)}: expected key=value, such as window=12")
+        try:
+            value = yaml.safe_load(text) if text.strip() else text
+        except yaml.YAMLError:
+            value = text
+        if not isinstance(value, Argument):
+            raise InputError(f"memory argument {key}: expected a single value, got {shorten(text)}")
+        found[key] = value
+    return found
+
+
+def check_arguments(memory: str, given: Mapping[str, Argument], defaults: Mapping[str, Any]) -> None:
+    """Compare memory arguments with the policy's own by name and by kind of value."""
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    for name, value in given.items():
+        if name not in defaults:
+            raise InputError(unknown(f"argument of memory '{memory}'", name, defaults))
+        kind = type(defaults[name])
+        fits = type(value) is kind or (kind is float and type(value) is int) or kind not in kinds
+        if not fits:
+            expected = f"{kinds[kind]} such as {str(defaults[name]).lower() if kind is bool else defaults[name]}"
+            raise InputError(f"memory '{memory}': {name}={shorten(value)}: expected {expected}")
