@@ -201,8 +201,8 @@ def report(results: Results, scripts: Sequence[ReturnScript], memories: Sequence
     text = [
         f"# Returning entities: {len(scripts)} scripts",
         "Rates with 95 % intervals. Stated (present, kind, colour): all scripts, against the prompt. Unstated "
-        "(pattern, accessory, hue in degrees) and *itself* (all five right): against the hero's own first appearance, over the "
-        "scripts in which that is readable. *By chance*: against first appearances of other scripts of the same "
+        "(pattern, accessory, hue in degrees) and *itself* (all five right): against its own first appearance, over "
+        "the scripts in which that is readable. *By chance*: against first appearances of other scripts of the same "
         f"memory; for even draws it would be 25 %, 25 % and {nominal:.1f} degrees.",
         _table(["memory", "tokens", "readable", *COLUMNS, "hue error"], rows),
         "## Itself, and hue error, by seconds away",

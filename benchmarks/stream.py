@@ -132,9 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"loading                {loaded:8.2f} s")
     print(f"first frame            {found['first_frame_ms']:8.0f} ms after the session opens (a chunk is made whole)")
     print(f"{found['frames']} frames             {found['wall_s']:8.1f} s = {found['frames_per_s']:.1f} frames/s")
-    print(
-        f"peak memory            {found['peak_mib']:8.0f} MiB; after {found['video_s']:.0f} s {found['peak_mib_end']:.0f} MiB"
-    )
+    later = f"{found['peak_mib_end']:.0f} MiB after {found['video_s']:.0f} s"
+    print(f"peak memory            {found['peak_mib']:8.0f} MiB, {later}")
     first = None
     for moment, milliseconds in found["chunk_ms_at"].items():
         first = first or milliseconds

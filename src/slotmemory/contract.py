@@ -1,8 +1,8 @@
 """What every memory must hold to, as checks that any policy can be put through: the package's own and a file of yours.
 
-A check takes a `Trial` (a policy and an engine to run it on) and raises AssertionError or InputError with a sentence, or
-DoesNotApply. It knows no policy by name, no weights and no test framework; streams run through the one session loop.
-The toy engine is random, tiny and blind to meaning: enough to tell right arithmetic from wrong, on a CPU in milliseconds.
+A check takes a `Trial` (a policy and an engine to run it on) and raises AssertionError or InputError with a sentence,
+or DoesNotApply. It knows no policy by name, no weights and no test framework; streams run through the one session loop.
+The toy engine is random, tiny and blind to meaning: enough to tell right arithmetic from wrong, in milliseconds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from slotmemory.layout import Layout
 from slotmemory.memory import Bank, Memory, Now, State, Written, banks, held_bytes
 from slotmemory.sampler import FewStep
 from slotmemory.session import SeededNoise, Session
+from slotmemory.trace import names_of
 
 ONE_PROMPT = {0: "a red cat walks"}
 TWO_PROMPTS = {0: "a red cat walks", 4: "the blue dog sleeps in the sun"}
@@ -178,6 +179,10 @@ class Watched(Memory):
         return self.around("switch", self.policy.switch, (state, now))
 
 
+def tokens_of(found: Iterable[Bank]) -> int:
+    return sum(bank.tokens for bank in found)
+
+
 def demand(holds: bool, sentence: str) -> None:
     if not holds:
         raise AssertionError(sentence)
@@ -187,7 +192,8 @@ def demand_close(found: Tensor, expected: Tensor, limit: float, sentence: str) -
     """Demand equal latents, to the bit where the limit is 0; the complaint names the first chunk that differs."""
     apart = (found.float() - expected.float()).abs()
     frame = int((apart.amax((0, 2, 3, 4)) > limit).float().argmax())
-    demand(float(apart.max()) <= limit, f"{sentence}: latent frame {frame} is the first to differ, by {float(apart.max()):.2g}")
+    most = float(apart.max())
+    demand(most <= limit, f"{sentence}: from latent frame {frame} on, by up to {most:.2g}")
 
 
 def difference(a: Any, b: Any, where: str) -> str | None:
@@ -217,10 +223,9 @@ def dense(engine: Engine, prompt: str, chunks: int, seeds: Sequence[int], past: 
     embeddings, _ = engine.text.encode([prompt] * len(seeds))
     text = engine.backbone.text_keys(embeddings)
     made: list[Tensor] = []
-    for chunk in range(chunks):
-        before = made if past else []
-        first = chunk - len(before)
-        frames = torch.arange(first * shape[1], (chunk + 1) * shape[1], device=engine.device)
+
+    def next_chunk(chunk: int, before: list[Tensor]) -> Tensor:
+        frames = torch.arange((chunk - len(before)) * shape[1], (chunk + 1) * shape[1], device=engine.device)
         block = frames // shape[1]
         pattern = Dense(block[None] <= block[:, None])
 
@@ -233,7 +238,10 @@ def dense(engine: Engine, prompt: str, chunks: int, seeds: Sequence[int], past: 
         def draw() -> Tensor:
             return noise.fresh(shape).to(engine.device)
 
-        made.append(engine.sampler.denoise(predict, noise.first(shape).to(engine.device), draw))
+        return engine.sampler.denoise(predict, noise.first(shape).to(engine.device), draw)
+
+    for chunk in range(chunks):
+        made.append(next_chunk(chunk, made if past else []))
     return torch.cat(made, 1)
 
 
@@ -242,46 +250,48 @@ def dense(engine: Engine, prompt: str, chunks: int, seeds: Sequence[int], past: 
 
 def reads_within_its_budget(trial: Trial) -> None:
     """It never reads more tokens per layer than its budget, whatever the budget."""
-    per_frame = trial.engine.layout.tokens_per_frame
-    for budget in (None, 0, 2 * per_frame + 5, 5 * per_frame):
+
+    def run_at(budget: int | None) -> None:
         memory = trial.memory(budget)
-        if budget is None or memory.budget is None:  # a policy that declares no budget is a ceiling
-            limit = memory.budget
-        else:
-            demand(
-                memory.budget <= budget, f"{trial.name} was given a budget of {budget} tokens and took {memory.budget}"
-            )
-            limit = budget
+        limit = memory.budget  # None: a policy that declares no budget is a ceiling
+        if budget is not None and limit is not None:
+            demand(limit <= budget, f"{trial.name} was given a budget of {budget} tokens and took {limit}")
 
         def around(call, method, given):
             found = method(*given)
             if call == "read" and limit is not None:
-                tokens = sum(bank.tokens for bank in found)
+                tokens = tokens_of(found)
                 demand(tokens <= limit, f"{trial.name} read {tokens} tokens at a budget of {limit}")
             return found
 
         trial.run(Watched(memory, around))
 
+    per_frame = trial.engine.layout.tokens_per_frame
+    for budget in (None, 0, 2 * per_frame + 5, 5 * per_frame):
+        run_at(budget)
+
 
 def holds_no_more_than_its_budget(trial: Trial) -> None:
     """`update` merges and evicts down to the budget, in every layer."""
-    for budget in (None, 5 * trial.engine.layout.tokens_per_frame + 3):
+
+    def run_at(budget: int | None) -> None:
         memory = trial.memory(budget)
-        if memory.budget is None:
+        limit = memory.budget
+        if limit is None:
             raise DoesNotApply(f"{trial.name} declares no budget")
 
         def around(call, method, given):
             found = method(*given)
-            if call == "update":
-                for layer in range(trial.engine.layout.layers):
-                    tokens = sum(layers[layer].tokens for _, layers in banks(found))
-                    demand(
-                        tokens <= memory.budget,
-                        f"{trial.name} holds {tokens} tokens in layer {layer} after update; its budget is {memory.budget}",
-                    )
+            for layer in range(trial.engine.layout.layers if call == "update" else 0):
+                tokens = tokens_of(layers[layer] for _, layers in banks(found))
+                told = f"{trial.name} holds {tokens} tokens in layer {layer} after update; its budget is {limit}"
+                demand(tokens <= limit, told)
             return found
 
         trial.run(Watched(memory, around))
+
+    for budget in (None, 5 * trial.engine.layout.tokens_per_frame + 3):
+        run_at(budget)
 
 
 def repeats_itself(trial: Trial) -> None:
@@ -299,7 +309,8 @@ def keeps_rows_apart(trial: Trial) -> None:
     together = trial.run(seeds=(7, 8))
     for row, seed in enumerate((7, 8)):
         alone = trial.run(seeds=(seed,))
-        demand_close(together[row : row + 1], alone, CLOSE, f"{trial.name} lets batch row {row} depend on its neighbour")
+        told = f"{trial.name} lets batch row {row} depend on its neighbour"
+        demand_close(together[row : row + 1], alone, CLOSE, told)
 
 
 def edits_nothing_it_is_given(trial: Trial) -> None:
@@ -325,11 +336,10 @@ def reads_only_the_past(trial: Trial) -> None:
         if call == "read":
             now = given[2]
             end = now.frame + now.frames if now.replay else now.frame  # a replay may see what it computes again
-            for bank in found:
-                if bank.items:
-                    born, place = int(bank.born.max()), float(bank.positions[..., 0].max())
-                    demand(born < end, f"{trial.name} reads an item born at frame {born} for frames from {now.frame} on")
-                    demand(place < end, f"{trial.name} reads a key placed at {place:g} for frames from {now.frame} on")
+            for bank in (bank for bank in found if bank.items):
+                born, place = int(bank.born.max()), float(bank.positions[..., 0].max())
+                demand(born < end, f"{trial.name} reads an item born at frame {born} for frames from {now.frame} on")
+                demand(place < end, f"{trial.name} reads a key placed at {place:g} for frames from {now.frame} on")
         return found
 
     trial.run(Watched(trial.memory(recache=True), around))
@@ -371,7 +381,7 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
     """Every trainable parameter gets a gradient, by losses or state; what is read carries none to earlier chunks."""
     memory = trial.memory().requires_grad_(True)
     leaves: list[Tensor] = []
-    told: list[Bank] = []
+    shown: list[Bank] = []
 
     def around(call, method, given):
         with torch.enable_grad():
@@ -382,7 +392,7 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
                 given = state, replace(written, layers=layers)
             found = method(*given)
         if call == "read":
-            told.extend(found)
+            shown.extend(found)
         return found
 
     session = trial.session(Watched(memory, around))
@@ -390,13 +400,12 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
         for _ in range(min(3, trial.chunks)):
             session.step()
         with torch.enable_grad():
-            read = sum((total(bank) for bank in told), torch.zeros(()))
+            read = sum((total(bank) for bank in shown), torch.zeros(()))
             kept = sum(memory.losses(session.state).values(), torch.zeros(())) + total(session.state)
         if read.requires_grad:
             reached = torch.autograd.grad(read, leaves, retain_graph=True, allow_unused=True)
-            demand(
-                all(g is None for g in reached), f"{trial.name} lets a chunk's gradient reach the keys of earlier chunks"
-            )
+            told = f"{trial.name} lets a chunk's gradient reach the keys of earlier chunks"
+            demand(all(g is None for g in reached), told)
         names, parameters = zip(*memory.named_parameters()) if list(memory.parameters()) else ((), ())
         if parameters:
             demand((read + kept).requires_grad, f"{trial.name} has parameters, but nothing it makes depends on them")
@@ -437,7 +446,7 @@ def equals_dense_attention_when_it_may_read_everything(trial: Trial) -> None:
         nonlocal most
         found = method(*given)
         if call == "read":
-            most = max(most, sum(bank.tokens for bank in found))
+            most = max(most, tokens_of(found))
         return found
 
     memory = trial.memory(window=frames, bank=0, placing="native")
@@ -468,26 +477,29 @@ def accounts_for_every_token(trial: Trial) -> None:
         nonlocal read
         found = method(*given)
         if call == "read" and given[1] == layer:
-            read = sum(bank.tokens for bank in found)
+            read = tokens_of(found)
         return found
 
     session = trial.session(Watched(trial.memory(recache=True), around))
 
     def held() -> int:
-        return sum(layers[layer].tokens for _, layers in banks(session.state))
+        return tokens_of(layers[layer] for _, layers in banks(session.state))
 
-    before = 0
+    before, alive = 0, set()
     for chunk in session:
         trace, after = chunk.trace, held()
         size = {item["id"]: item["tokens"] for item in trace["items"]}
+        lost = alive - set(size)
+        demand(not lost, f"{trial.name}: the trace of chunk {chunk.index} loses sight of {', '.join(sorted(lost)[:3])}")
+        alive = set(size) - set(trace["evicted"])
         evicted = sum(size[name] for name in trace["evicted"])
         told = sum(trace["read"].values())
         demand(told == read, f"{trial.name} read {read} tokens for chunk {chunk.index}, its trace says {told}")
-        demand(
-            before + trace["written"] - evicted == after,
-            f"{trial.name} at chunk {chunk.index}: {before} tokens + {trace['written']} written - {evicted} evicted are "
-            f"not the {after} held; items of a bank must differ in birth or owner",
+        sentence = (
+            f"{trial.name} at chunk {chunk.index}: {before} tokens + {trace['written']} written - {evicted} evicted "
+            f"are not the {after} held; items of a bank must differ in birth or owner"
         )
+        demand(before + trace["written"] - evicted == after, sentence)
         demand(trace["bytes"] == held_bytes(session.state), f"{trial.name}: the trace miscounts bytes")
         before = after
 
@@ -505,44 +517,47 @@ def stays_finite_in_bf16(trial: Trial) -> None:
 
 def replays_without_repeating(trial: Trial) -> None:
     """A prompt switch replays frames that exist, leaves older items as they are and doubles none."""
-    session: Session
-    replayed: int | None = None
-    before: State = {}
+    for start in (2, 4):  # in a young stream and in one that has evicted
+        switches_well_at(trial, start)
+
+
+def switches_well_at(trial: Trial, start: int) -> None:
+    """Step a stream whose prompt changes at chunk `start`."""
+    switch: tuple[State, int] | None = None  # the state before, and the frames to replay
 
     def around(call, method, given):
-        nonlocal replayed, before
+        nonlocal switch
         found = method(*given)
         if call == "switch":
-            before, replayed = given[0], found[1]
-            made = session.frame
-            demand(0 <= replayed <= made, f"{trial.name} asks to replay {replayed} of {made} latent frames")
-            keeps = session.engine.memory.replays
-            demand(replayed <= keeps, f"{trial.name} asks to replay {replayed} latent frames, but declares replays={keeps}")
+            asked, made, keeps = found[1], session.frame, session.engine.memory.replays
+            demand(0 <= asked <= made, f"{trial.name} asks to replay {asked} of {made} latent frames")
+            demand(asked <= keeps, f"{trial.name} asks to replay {asked} latent frames, but declares replays={keeps}")
+            switch = given[0], asked
         return found
 
-    for start in (2, 4):  # in a young stream and in one that has evicted
-        session = trial.session(Watched(trial.memory(recache=True), around), {0: "a red cat", start: "a dog sleeps"})
-        while not session.done:
-            replayed, first = None, session.frame
-            session.step()
-            for name, layers in banks(session.state):
-                for layer, bank in enumerate(layers):
-                    items = list(zip(bank.born[0].tolist(), bank.owner[0].tolist()))
-                    demand(
-                        len(set(items)) == len(items), f"{trial.name} holds an item of bank '{name}' twice after a switch"
-                    )
-                    if not replayed:
-                        continue
-                    old = dict(banks(before)).get(name)
-                    for item, (born, owner) in enumerate(items):
-                        if old is None or born >= first - replayed:
-                            continue
-                        match = ((old[layer].born[0] == born) & (old[layer].owner[0] == owner)).nonzero()
-                        for index in match[:, 0].tolist():
-                            same = torch.equal(old[layer].keys[:, index], bank.keys[:, item]) and torch.equal(
-                                old[layer].values[:, index], bank.values[:, item]
-                            )
-                            demand(same, f"{trial.name} changes the item of frame {born}, which was not replayed")
+    session = trial.session(Watched(trial.memory(recache=True), around), {0: "a red cat", start: "a dog sleeps"})
+    while not session.done:
+        switch, first = None, session.frame
+        session.step()
+        for name, layers in banks(session.state):
+            for layer, bank in enumerate(layers):
+                told = f"{trial.name} holds an item of bank '{name}' twice after a switch"
+                demand(len(set(names_of(bank))) == bank.items, told)
+                if switch and switch[1]:
+                    old = dict(banks(switch[0])).get(name)
+                    changed = old and changed_before(first - switch[1], old[layer], bank)
+                    demand(not changed, f"{trial.name} changes the item of frame {changed}, which was not replayed")
+
+
+def changed_before(frame: int, old: Bank, new: Bank) -> str | None:
+    """The first item born before a frame whose keys or values are not what they were, by its birth."""
+    places = {item: i for i, item in enumerate(names_of(old))}
+    for i, item in enumerate(names_of(new)):
+        if item in places and item[0] < frame:
+            a, b = old.map(lambda x, j=places[item]: x[:, j]), new.map(lambda x, j=i: x[:, j])
+            if not (torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)):
+                return str(item[0])
+    return None
 
 
 CHECKS: dict[str, Callable[[Trial], None]] = {

@@ -173,8 +173,6 @@ class Memory(nn.Module):
 
     def __init__(self, layout: Layout, budget: int | None = None):
         super().__init__()
-        if budget is not None and budget < 0:
-            raise InputError(f"budget={budget} is negative; give a number of tokens per layer, 0 or more")
         self.layout = layout
         self.budget = budget
 
@@ -303,6 +301,8 @@ def build(name: str, layout: Layout, budget: int | None = None, **options: Any) 
     """Make a policy by name; an unknown argument answers with the nearest known one."""
     policy = find(name)
     known = arguments(policy)
+    if budget is not None and budget < 0:
+        raise InputError(f"budget={budget} is negative; give a number of tokens per layer, 0 or more")
     for option in options:
         if option not in known:
             raise InputError(unknown(f"argument of memory '{name}'", option, known))

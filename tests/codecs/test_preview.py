@@ -245,7 +245,7 @@ def test_pixels_survive_the_way_to_float_and_back():
 
 def test_the_embedded_sizes_are_small():
     codec = PreviewCodec(PreviewConfig.tiny())
-    assert codec.encode(torch.zeros(1, 5, 3, 48, 80)).shape == (1, 2, 16, 6, 10)
+    assert codec.encode(torch.zeros(1, 5, 3, 48, 80)).shape == (1, 2, 32, 6, 10)
     assert 3e6 < sum(parameter.numel() for parameter in codec.parameters()) < 5e6
 
 

@@ -31,7 +31,8 @@ def written(moment: Now, seeds=(0,), change=None) -> Written:
         rows = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(1000 * seed + 10 * moment.chunk + layer)
-            rows.append([torch.randn(tokens, *s, generator=generator) for s in (shape, shape, (LAYOUT.model_width,), shape)])
+            parts = (shape, shape, (LAYOUT.model_width,), shape)  # keys, values, features, text queries
+            rows.append([torch.randn(tokens, *part, generator=generator) for part in parts])
         seen = Seen(*(torch.stack(part) for part in zip(*rows)))
         layers.append(change(seen, layer) if change else seen)
     frames = torch.arange(moment.frame, moment.frame + moment.frames)

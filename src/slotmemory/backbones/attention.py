@@ -20,7 +20,16 @@ class Pattern(Protocol):
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of query [B, N, H, D] over key, value [B, M, H, D]; mask broadcasts to [B, H, N, M]."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if mask is None and query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
+        # the fused kernel's backward takes 5 times as long on CPUs when there are few keys, as a prompt's
+        return _explicit(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention by matrix products, [B, H, N, D]; the softmax kernel sums in fp32 whatever the input's dtype."""
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (weights if bias is None else weights + bias.to(q.dtype)).softmax(-1) @ v
 
 
 class Dense:
@@ -90,6 +99,4 @@ class Rows:
         return torch.cat((read, x), 1).transpose(1, 2)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = query.transpose(1, 2), self.gather(key), self.gather(value)
-        weights = (q * query.shape[-1] ** -0.5) @ k.transpose(-1, -2) + self.bias.to(q.dtype)
-        return (weights.softmax(-1) @ v).transpose(1, 2)  # the kernel sums in fp32 whatever the input's dtype
+        return _explicit(query.transpose(1, 2), self.gather(key), self.gather(value), self.bias).transpose(1, 2)

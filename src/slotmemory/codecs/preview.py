@@ -38,6 +38,7 @@ class PreviewConfig:
 
     encoder_channels: width of encoder stages 0..2; decoder_channels: widths of decoder stages 0..2 and of the head.
     blocks: memory blocks per stage, one number or one per decoder stage (the encoder mirrors it).
+    encoder_channels=() leaves the encoder to the direct map alone: latents are then fixed before the decoder is trained.
     direct: beside the convolutions, a linear map between a latent cell and the 4 frames x 8 x 8 pixels it stands for
     (not in TAEHV): started as principal components, it lets a codec learn in minutes what else takes hours.
     normed: NormedMemBlock in place of TAEHV's MemBlock.
@@ -63,7 +64,7 @@ class PreviewConfig:
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
             length = STAGES + (name == "decoder_channels")
-            if len(value) != length:
+            if len(value) != length and not (name == "encoder_channels" and not value and self.direct):
                 raise InputError(f"{name}={value} has {len(value)} entries, expected {length}")
         sizes = (self.image_channels, self.latent_channels, self.patch, *self.encoder_channels, *self.decoder_channels)
         if min(*sizes, *self.blocks) < 1:
@@ -90,9 +91,10 @@ class PreviewConfig:
         """The sizes of the embedded model: most weights sit on the latent grid, where a frame costs least."""
         return cls(
             patch=4,
-            encoder_channels=(48, 64, 80),
-            decoder_channels=(128, 96, 64, 64),
-            blocks=(3, 2, 2),
+            latent_channels=32,
+            encoder_channels=(),
+            decoder_channels=(160, 96, 64, 64),
+            blocks=(3, 3, 1),
             space=(True, False, False),
             direct=True,
             normed=True,
@@ -223,16 +225,19 @@ class PreviewCodec(nn.Module):
         def block(channels: int) -> MemBlock:
             return NormedMemBlock(channels) if config.normed else MemBlock(channels, channels)
 
-        widths = (config.encoder_channels[0], *config.encoder_channels)
         first = nn.SiLU if config.normed else nn.ReLU
-        layers: list[nn.Module] = [conv(pixels, widths[0]), first()]
-        for stage in range(STAGES):
-            mirror = STAGES - 1 - stage
-            before, width = widths[stage], widths[stage + 1]
-            layers += [TPool(before, 1 + config.time[mirror])]
-            layers += [conv(before, width, stride=1 + config.space[mirror], bias=False)]
-            layers += [block(width) for _ in range(config.blocks[mirror])]
-        self.encoder = nn.Sequential(*layers, conv(widths[-1], config.latent_channels))
+        layers: list[nn.Module] = []
+        if config.encoder_channels:
+            widths = (config.encoder_channels[0], *config.encoder_channels)
+            layers = [conv(pixels, widths[0]), first()]
+            for stage in range(STAGES):
+                mirror = STAGES - 1 - stage
+                before, width = widths[stage], widths[stage + 1]
+                layers += [TPool(before, 1 + config.time[mirror])]
+                layers += [conv(before, width, stride=1 + config.space[mirror], bias=False)]
+                layers += [block(width) for _ in range(config.blocks[mirror])]
+            layers += [conv(widths[-1], config.latent_channels)]
+        self.encoder = nn.Sequential(*layers)
 
         widths = config.decoder_channels
         layers = [Clamp(), conv(config.latent_channels, widths[0]), first()]
@@ -256,7 +261,7 @@ class PreviewCodec(nn.Module):
         # Variance-preserving (He et al. 2015): torch's default shrinks every layer, which costs minutes of training.
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Conv2d):
-                rectified = layer.kernel_size == (3, 3) and layer is not self.encoder[-1]
+                rectified = layer.kernel_size == (3, 3) and not (len(self.encoder) and layer is self.encoder[-1])
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if rectified else "linear")
                 if name.endswith("conv2"):
                     nn.init.zeros_(layer.weight)
@@ -269,9 +274,11 @@ class PreviewCodec(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, video: Tensor) -> None:
-        """Scale the encoder's last layer so that raw latents of video [B, T, 3, H, W] have mean 0 and variance 1."""
+        """Start from data: raw latents of video [B, T, 3, H, W] get mean 0 and variance 1, the direct map its components."""
         if self.config.direct:
             self._principal_components(video)
+        if not len(self.encoder):
+            return
         raw, _ = self.feed_raw(video, self.start())
         std, mean = torch.std_mean(raw.float(), dim=(0, 1, 3, 4))
         last = self.encoder[-1]
@@ -279,17 +286,23 @@ class PreviewCodec(nn.Module):
         last.bias.sub_(mean).div_(std)
 
     def _principal_components(self, video: Tensor) -> None:
-        """Start the direct maps as whitened principal components of cells, and the convolutions from nothing."""
+        """Start the direct maps as principal components of cells, and the convolutions from nothing.
+
+        Components are scaled by the root of their deviation, half way to white: coarse ones stay louder than fine ones,
+        so that noise on latents hides details first; all together have variance 1.
+        """
         x = self._cells(torch.cat([video[:, :1]] * (TIME_STRIDE - 1) + [video], 1) * 0.5 + 0.5).flatten(0, 3).double()
         mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        scale, basis = values[-self.latent_channels :].clamp(min=1e-8).sqrt(), vectors[:, -self.latent_channels :]
+        deviation = values[-self.latent_channels :].clamp(min=1e-8).sqrt()
+        scale, basis = (deviation * deviation.mean()).sqrt(), vectors[:, -self.latent_channels :]
         self.direct_in.weight.copy_((basis / scale).T)
         self.direct_in.bias.copy_(-(basis / scale).T @ mean)
         self.direct_out.weight.copy_(basis * scale)
         self.direct_out.bias.copy_(mean)
-        nn.init.zeros_(self.encoder[-1].weight)
-        nn.init.zeros_(self.decoder[-1].weight)
+        for part in (self.encoder, self.decoder):
+            if len(part):
+                nn.init.zeros_(part[-1].weight)
 
     def _cells(self, frames: Tensor) -> Tensor:
         """Pixels [B, 4 L, 3, H, W] -> what each latent cell stands for [B, L, h, w, 4 * 3 * 8 * 8]."""
@@ -298,7 +311,7 @@ class PreviewCodec(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.encoder[0].weight.dtype
+        return self.decoder[-1].weight.dtype
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Network latents -> latents of about zero mean and unit variance, both [..., C, h, w]; fp32."""
@@ -365,7 +378,9 @@ class PreviewCodec(nn.Module):
             shape = (batch, 0, self.latent_channels, height // SPACE_STRIDE, width // SPACE_STRIDE)
             return video.new_zeros(shape), {**state, "waiting": waiting}
         pixels = (video[:, :whole] * 0.5 + 0.5).to(self.dtype)
-        raw, past = run(self.encoder, F.pixel_unshuffle(pixels, self.config.patch), state["encoder"])
+        raw, past = 0.0, [pixels.new_zeros(1)]  # an encoder without memory still marks that the stream has begun
+        if len(self.encoder):
+            raw, past = run(self.encoder, F.pixel_unshuffle(pixels, self.config.patch), state["encoder"])
         if self.config.direct:
             raw = raw + self.direct_in(self._cells(pixels)).permute(0, 1, 4, 2, 3)
         return raw, {**state, "encoder": past, "waiting": waiting}

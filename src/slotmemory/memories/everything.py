@@ -4,8 +4,8 @@ Cost grows with the video. The budget is ignored below what was kept: a ceiling 
 """
 
 from slotmemory.layout import Layout
-from slotmemory.memory import Bank, Memory, Now, State, Written
 from slotmemory.memories._placing import PLACINGS, check_placing, place
+from slotmemory.memory import Bank, Memory, Now, State, Written
 
 
 class Everything(Memory):

@@ -4,8 +4,8 @@ Source: Self-Forcing's rolling KV cache without a sink (`local_attn_size`).
 """
 
 from slotmemory.layout import Layout
-from slotmemory.memories.sink import Sink
 from slotmemory.memories._placing import PLACINGS
+from slotmemory.memories.sink import Sink
 
 
 class Window(Sink):

@@ -44,7 +44,7 @@ class Options(Frozen):
     text_dim: int = 128
     text_len: int = 12
     seconds: float = Field(24.0, description="length of a narrative")
-    pool: int = Field(96, description="narratives kept per process")
+    pool: int = Field(64, description="narratives kept per process")
     refresh: int = Field(2, description="steps after which one of them is replaced")
     run: int = Field(5, description="consecutive chunks of a clip")
     copies: int = Field(2, description="noisy copies of a run")
@@ -56,7 +56,8 @@ class Options(Frozen):
     noised: float = Field(0.6, description="share of clean chunks that are noised")
     entity_weight: float = Field(3.0, description="weight of the loss where entities are")
     no_text: float = 0.05
-    no_sink: float = 0.3
+    no_sink: float = Field(0.6, description="share of batches without the video's first chunk; these are cheaper")
+    short: float = Field(0.6, description="share of batches in which a chunk sees one past chunk only; cheaper too")
     no_memory: float = 0.2
     no_past: float = 0.1
     alone: float = Field(0.6, description="share of the run's first chunks that see nothing at all")
@@ -76,9 +77,17 @@ class Batch:
     noisy: Tensor  # [R] bool
 
 
+def columns_in_use(table: Tensor) -> Tensor:
+    """Drop the columns in which no row sees anything: fewer keys to gather."""
+    return table[:, (table >= 0).any(0)]
+
+
 class Objective(loop.Objective):
+    """Train the transformer and the word encoder on latents of a fixed codec."""
+
     def __init__(self, options: Options, context: loop.Context):
         self.options, self.context = options, context
+        self.codec = PreviewCodec.load(options.codec).to(context.device, context.dtype).eval().requires_grad_(False)
         self.transformer = CausalWan(
             WanConfig(
                 dim=options.dim,
@@ -88,11 +97,12 @@ class Objective(loop.Objective):
                 freq_dim=options.freq_dim,
                 text_dim=options.text_dim,
                 text_len=options.text_len,
+                in_dim=self.codec.latent_channels,
+                out_dim=self.codec.latent_channels,
                 patch=(1, 1, 1),
             )
         )
         self.words = WordEncoder(options.text_dim, options.text_len)
-        self.codec = PreviewCodec.load(options.codec).to(context.device, context.dtype).eval().requires_grad_(False)
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
         self.schedule = FlowSchedule()
         self.levels = torch.tensor([s / 1000 for s in options.steps])
@@ -176,6 +186,7 @@ class Objective(loop.Objective):
         clean = o.run - 1
         per_clip = DISTANT + clean + o.copies * o.run
         cells = items[0].latents[0, 0].numel()
+        use_sink, use_far_past = (torch.rand(2, generator=random) > torch.tensor([o.no_sink, o.short])).tolist()
         latents, frames, sigma, table, hidden, weight, prompts = [], [], [], [], [], [], []
         for number, item in enumerate(items):
             base = number * per_clip
@@ -195,7 +206,7 @@ class Objective(loop.Objective):
             noised = torch.rand(DISTANT + clean, generator=random) < o.noised
             sigma.append(torch.rand(DISTANT + clean, generator=random) * o.context_noise * noised)
             sigma.append(self.draw_sigma(o.copies * o.run, random))
-            table += self.rows(base, start, random)
+            table += self.rows(base, use_sink and start > 0, o.past if use_far_past else 1, random)
         sigma_all = torch.cat(sigma)
         noisy = torch.arange(per_clip) >= DISTANT + clean
         drop = torch.rand(len(prompts), generator=random) < o.no_text
@@ -203,33 +214,29 @@ class Objective(loop.Objective):
             torch.stack(latents),
             torch.stack(frames),
             sigma_all,
-            torch.tensor(table),
+            columns_in_use(torch.tensor(table)),
             torch.stack(hidden),
             torch.stack(weight),
             ["" if gone else prompt for prompt, gone in zip(prompts, drop.tolist())],
             noisy.repeat(len(items)),
         )
 
-    def rows(self, base: int, start: int, random: torch.Generator) -> list[list[int]]:
+    def rows(self, base: int, has_sink: bool, past: int, random: torch.Generator) -> list[list[int]]:
         """Say which rows each row of a clip sees: [sink, memory, past chunks], -1 where it does not."""
         o, first = self.options, base + DISTANT
         none = [-1] * (DISTANT + o.past)
-        has_sink, has_memory = start > 0, True
         table = [none, none]
 
-        def row(j: int, sink: bool, memory: bool, past: bool) -> list[int]:
-            before = [first + j - k if past and j >= k else -1 for k in range(o.past, 0, -1)]
-            return [base + SINK if sink else -1, base + MEMORY if memory else -1, *before]
+        def row(j: int, memory: bool, near: bool) -> list[int]:
+            before = [first + j - k if near and k <= min(j, past) else -1 for k in range(o.past, 0, -1)]
+            return [base + SINK if has_sink else -1, base + MEMORY if memory else -1, *before]
 
-        keep_sink, keep_memory = (torch.rand(2, generator=random) > torch.tensor([o.no_sink, o.no_memory])).tolist()
-        table += [row(j, has_sink and keep_sink, has_memory and keep_memory, True) for j in range(o.run - 1)]
+        keep_memory = float(torch.rand(1, generator=random)) > o.no_memory
+        table += [row(j, keep_memory, True) for j in range(o.run - 1)]
         for _ in range(o.copies):
             for j in range(o.run):
-                sink, memory, past, alone = torch.rand(4, generator=random).tolist()
-                if j == 0 and alone < o.alone:
-                    table.append(none)
-                else:
-                    table.append(row(j, has_sink and sink > o.no_sink, has_memory and memory > o.no_memory, past > o.no_past))
+                memory, near, alone = torch.rand(3, generator=random).tolist()
+                table.append(none if j == 0 and alone < o.alone else row(j, memory > o.no_memory, near > o.no_past))
         return table
 
     # the loss

@@ -172,6 +172,8 @@ def build_optimizers(objective: Objective, parameters: Mapping[str, nn.Parameter
                 torch.optim.AdamW(chosen, betas=settings.betas, weight_decay=settings.weight_decay, foreach=True)
             )
         else:
+            for group in chosen:
+                group["params"] = [as_matrix(p) for p in group["params"]]
             optimizers.append(
                 torch.optim.Muon(
                     chosen,
@@ -181,6 +183,19 @@ def build_optimizers(objective: Objective, parameters: Mapping[str, nn.Parameter
                 )
             )
     return optimizers
+
+
+def as_matrix(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter as Muon takes it: a matrix as it is, a convolution as a view [outputs, everything else].
+
+    The view shares memory with the parameter; `parameter` on it leads back to where gradients arrive."""
+    if parameter.ndim == 2:
+        return parameter
+    matrix = parameter.detach().permute(0, 2, 3, 1).flatten(1)
+    if matrix.data_ptr() != parameter.data_ptr():
+        raise TrainingError(f"a convolution of {tuple(parameter.shape)} is not in channels_last; Muon needs a view of it")
+    matrix.parameter = parameter
+    return matrix
 
 
 class _Trainer:
@@ -259,8 +274,13 @@ class _Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * factor
+                for matrix in group["params"]:
+                    if hasattr(matrix, "parameter"):
+                        matrix.grad = matrix.parameter.grad.permute(0, 2, 3, 1).flatten(1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
         # The average starts short and lengthens, so that first weights do not linger in it.
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

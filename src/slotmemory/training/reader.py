@@ -1,8 +1,8 @@
 """Objective: teach a reader to name what generated frames of the narrative world show.
 
-Rendered frames are too clean a lesson: many pass through the trained codec, with noise on their latents, all are blurred,
-washed and grained at random in ways that leave the hue alone, and some are ruined, so that a reader learns what is
-nobody. It does not know what the answers are for.
+Rendered frames are too clean a lesson: many pass through the trained codec, with noise on their latents, all are
+blurred, washed and grained at random in ways that leave the hue alone, and some are ruined, so that a reader learns
+what is nobody. It does not know what the answers are for.
 
 Reels are made and replaced as `narratives.Pool` does it, so a resumed run sees what an uninterrupted one would have.
 """
@@ -44,8 +44,8 @@ class Options(Frozen):
     frames: int = Field(9, ge=5, le=FRAMES_PER_CHUNK, description="pixel frames of a clip, 4 n + 1")
     every: int = Field(2, ge=1, description="of which every so many are kept")
     clips: int = Field(8, ge=1, description="clips of a reel")
-    pool: int = Field(96, ge=1, description="reels kept")
-    refresh: int = Field(4, ge=1, description="steps after which one of them is replaced")
+    pool: int = Field(48, ge=1, description="reels kept")
+    refresh: int = Field(3, ge=1, description="steps after which one of them is replaced")
     empty: float = Field(0.08, ge=0, le=1, description="share of clips that show nobody")
     pairs: float = Field(0.12, ge=0, le=1, description="share of clips that show two")
     entrance: float = Field(0.3, ge=0, le=1, description="share of clips of one in which it comes, or another leaves")
