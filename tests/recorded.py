@@ -25,7 +25,18 @@ def facts(name: str) -> dict:
 @cache
 def wan() -> CausalWan:
     config = facts("causal_weights")["model_config"]
-    names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "in_dim", "out_dim", "eps")
+    names = (
+        "dim",
+        "ffn_dim",
+        "num_heads",
+        "num_layers",
+        "freq_dim",
+        "text_dim",
+        "text_len",
+        "in_dim",
+        "out_dim",
+        "eps",
+    )
     model = CausalWan(WanConfig(**{k: config[k] for k in names}, patch=tuple(config["patch_size"])))
     model.load_state_dict(tensors("causal_weights"), strict=True)
     return model.eval().requires_grad_(False)

@@ -31,9 +31,7 @@ def test_conversions_equal_the_published_ones(shift):
     sigma = schedule.sigma(g["timestep_nonzero"])
     torch.testing.assert_close(x0_to_flow(g["flow"], g["x0"], sigma), g[f"shift{shift}.x0_to_flow"], **close)
     sigma = schedule.sigma(g["timestep"])
-    torch.testing.assert_close(
-        euler_step(g["flow"], g["x0"], sigma, 0.0), g[f"shift{shift}.step_to_final"], **close
-    )
+    torch.testing.assert_close(euler_step(g["flow"], g["x0"], sigma, 0.0), g[f"shift{shift}.step_to_final"], **close)
 
 
 def test_both_samplers_find_a_target_that_the_model_knows():

@@ -96,7 +96,9 @@ class Bank:
 
     def take(self, index: Tensor) -> Bank:
         """Pick items per batch row: index [B, K] -> a bank of K items, in the order given."""
-        return self.map(lambda x: x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])))
+        return self.map(
+            lambda x: x.gather(1, index.view(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
+        )
 
     def first(self, count: int) -> Bank:
         return self.map(lambda x: x[:, :count])

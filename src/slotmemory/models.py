@@ -26,7 +26,6 @@ from slotmemory.layout import Layout
 from slotmemory.memory import build
 from slotmemory.sampler import FewStep, FlowSchedule
 
-
 # what model.json tells, beside the sizes that the weights carry
 SETTINGS = {
     "height": int,
@@ -82,7 +81,9 @@ def load_module(module_of, path: Path) -> nn.Module:
     try:
         module = module_of(read_metadata_json(metadata, "config", path))
     except (TypeError, KeyError, ValueError, AssertionError) as error:
-        raise error if isinstance(error, InputError) else InputError(f"{path}: sizes that make no model ({error})") from None
+        raise (
+            error if isinstance(error, InputError) else InputError(f"{path}: sizes that make no model ({error})")
+        ) from None
     check_tensors(tensors, module.state_dict(), path)
     module.load_state_dict(tensors)
     return module
@@ -98,7 +99,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> E
     def ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return module.to(device, dtype).eval().requires_grad_(False)
 
-    backbone = load_module(lambda values: CausalWan(WanConfig.from_json(json.dumps(values))), folder / "transformer.safetensors")
+    backbone = load_module(
+        lambda values: CausalWan(WanConfig.from_json(json.dumps(values))), folder / "transformer.safetensors"
+    )
     # a few words per prompt cost nothing, and stay exact
     words = load_module(lambda values: WordEncoder(**values), folder / "words.safetensors")
     codec = ready(PreviewCodec.load(folder / "codec.safetensors"), dtype)

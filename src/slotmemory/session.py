@@ -158,7 +158,9 @@ class Session:
 
             latents = engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
             if not bool(torch.isfinite(latents).all()):
-                raise InputError(f"chunk {now.chunk} is not finite with memory '{engine.memory.called()}'; it was dropped")
+                raise InputError(
+                    f"chunk {now.chunk} is not finite with memory '{engine.memory.called()}'; it was dropped"
+                )
             clock.lap("denoise")
             written = self._clean_pass(latents, now, pattern)
             clock.lap("clean")

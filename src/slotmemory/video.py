@@ -24,7 +24,9 @@ from .errors import InputError, shorten
 
 log = logging.getLogger(__name__)
 
-_ENCODER = {"crf": "16", "preset": "veryfast", "bf": "0"}
+# Macroblock trees cost x264 (core 165, AVX-512) its determinism: the same frames gave other bytes in one of ten runs on
+# a busy machine, and a resumed run would no longer equal an uninterrupted one.
+_ENCODER = {"crf": "16", "preset": "veryfast", "bf": "0", "mbtree": "0"}
 _TICKS_PER_FRAME = 1000
 _MOVIE_TIMESCALE = 1000  # what FFmpeg's mp4 writer uses for the file as a whole
 _BT709 = 1

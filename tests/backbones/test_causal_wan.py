@@ -81,8 +81,7 @@ def test_streaming_through_a_buffer_equals_one_causal_pass():
             flow, seen = model(x[:, start : start + 3], steps[:, :3], text, frames, pattern)
         turn = rotation(grid_positions(frames[None], 4, 3), 20)
         context = [
-            (torch.cat((k, rotate(s.keys, *turn)), 1), torch.cat((v, s.values), 1))
-            for (k, v), s in zip(context, seen)
+            (torch.cat((k, rotate(s.keys, *turn)), 1), torch.cat((v, s.values), 1)) for (k, v), s in zip(context, seen)
         ]
         parts.append(flow)
     close(torch.cat(parts, 1), whole)

@@ -166,7 +166,7 @@ def test_unknown_answers_do_not_count_in_the_loss():
     nothing = Reel(
         blank, blank, {name: torch.full((2,), UNKNOWN) for name in ANSWERS}, torch.zeros(2), torch.zeros(2, 3)
     )
-    assert all(float(term) == 0 for term in losses(seen, nothing, nothing.rgb).values())
+    assert all(term.item() == 0 for term in losses(seen, nothing, nothing.rgb).values())
 
 
 def test_training_lowers_the_loss_and_measures_held_out_clips():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slotmemory import memory
-from slotmemory.backbones.rope import grid_positions, rotate, rotation
+from slotmemory.backbones.rope import rotate, rotation
 from slotmemory.engine import Engine
 from slotmemory.layout import Layout
 from slotmemory.sampler import FewStep
@@ -61,7 +61,11 @@ class Recorder(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.model, self.flows = wan(), []
-        self.patch_embedding, self.dtype, self.text_keys = self.model.patch_embedding, torch.float32, self.model.text_keys
+        self.patch_embedding, self.dtype, self.text_keys = (
+            self.model.patch_embedding,
+            torch.float32,
+            self.model.text_keys,
+        )
 
     def forward(self, *inputs):
         flow, seen = self.model(*inputs)
@@ -91,6 +95,7 @@ def cache_of(session, banks, native=True):
 
 
 FOUR, TWO = (1000, 750, 500, 250), (1000, 500)
+
 
 @pytest.mark.parametrize(
     "fixture, name, policy, options, steps, prompt",

@@ -132,9 +132,7 @@ def _told(
     from slotmemory.run import Run
     from slotmemory.script import Script, Shot, load_script
 
-    given = [
-        name for name, value in (("a script", path), ("--prompt", prompt), ("--like", like)) if value is not None
-    ]
+    given = [name for name, value in (("a script", path), ("--prompt", prompt), ("--like", like)) if value is not None]
     if not given:
         raise InputError(
             "what to show is missing; give a script such as examples/lost-and-found.yaml, --prompt or --like"
@@ -186,7 +184,9 @@ def _recipe_options(run: Run) -> Generate:
 def _check_free(out: Path) -> None:
     """Complain about a folder in use before the model is loaded; `Run.create` decides."""
     if (out / "recipe.yaml").exists():
-        raise InputError(f"{out} already holds a run; continue it with `slotmemory resume {out}` or choose another --out")
+        raise InputError(
+            f"{out} already holds a run; continue it with `slotmemory resume {out}` or choose another --out"
+        )
 
 
 def _warn_of_differences(run: Run, prepared: Prepared) -> None:
@@ -209,7 +209,9 @@ def _print_result(run: Run, prepared: Prepared) -> None:
     frames = count_chunks(run.video)[1]
     pace = run.status.get("frames_per_second")
     made = f", made at {pace:.1f} frames/s" if pace else ""
-    typer.echo(f"{frames} frames, {frames / prepared.engine.layout.fps:.1f} s of video{made}, seed {prepared.options.seed}")
+    typer.echo(
+        f"{frames} frames, {frames / prepared.engine.layout.fps:.1f} s of video{made}, seed {prepared.options.seed}"
+    )
     for name, path in (
         ("video", run.video),
         ("filmstrip", run.filmstrip),

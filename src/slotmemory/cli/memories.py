@@ -44,7 +44,9 @@ def memories(
             console.print(escape(text))
             console.print(escape(f"\n{policy.__doc__ or ''}"))
     if not name:
-        console.print("Choose one with `--memory NAME`, set an argument with `-m KEY=VALUE`; more: slotmemory memories NAME")
+        console.print(
+            "Choose one with `--memory NAME`, set an argument with `-m KEY=VALUE`; more: slotmemory memories NAME"
+        )
 
 
 def _module_doc(policy: type) -> str:

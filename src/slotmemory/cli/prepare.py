@@ -114,7 +114,9 @@ def _policy(name: str) -> type[memories.Memory]:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - a person's own file may raise anything
-        raise InputError(f"memory {name} cannot be loaded: {type(error).__name__}: {shorten(str(error), 200)}") from error
+        raise InputError(
+            f"memory {name} cannot be loaded: {type(error).__name__}: {shorten(str(error), 200)}"
+        ) from error
 
 
 def _with_memory(engine: Engine, name: str, budget: int | None, arguments: Mapping[str, Argument]) -> Engine:

@@ -15,7 +15,14 @@ SETTINGS = {
     "shift": 5.0,
     "steps": [1000, 750, 500, 250],
     "context_noise": 0.1,
-    "memory": {"placing": "capped", "reach": 21},
+    "memory": {
+        "placing": "capped",
+        "reach": 21,
+        "slots": 4,
+        "tokens_per_slot": 15,
+        "bank": 6,
+        "overlap": False,
+    },
 }
 SCRIPTS = (
     ["A red cat walks in the meadow.", "A blue ball waits on the beach.", "The red cat jumps in the snow."],

@@ -193,7 +193,9 @@ def as_matrix(parameter: nn.Parameter) -> Tensor:
         return parameter
     matrix = parameter.detach().permute(0, 2, 3, 1).flatten(1)
     if matrix.data_ptr() != parameter.data_ptr():
-        raise TrainingError(f"a convolution of {tuple(parameter.shape)} is not in channels_last; Muon needs a view of it")
+        raise TrainingError(
+            f"a convolution of {tuple(parameter.shape)} is not in channels_last; Muon needs a view of it"
+        )
     matrix.parameter = parameter
     return matrix
 
