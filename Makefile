@@ -1,38 +1,60 @@
-# `make demo` and `make test` work on a machine with Python >= 3.10 and nothing else.
+# make demo   make the environment and a 60-second video
+# make test   make the environment and run all tests
+# make lint   check the style
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+# How to install torch, if the choice below does not suit: make demo PIP_TORCH_ARGS="torch --index-url https://..."
+PIP_TORCH_ARGS ?=
+TEST_ARGS ?=
+
 BIN := $(VENV)/bin
-# How torch is installed: uv picks the build that fits the machine (CPU wheel unless a GPU is found); where its source of
-# builds cannot be reached, the default index decides. Set TORCH to choose yourself, e.g. TORCH="torch==2.13.0".
-TORCH ?= torch>=2.8
-DEMO := examples/lost-and-found.yaml
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PACKAGE := $(VENV)/.package-is-installed
+TOOLS := $(VENV)/.tools-are-installed
 
 .PHONY: demo test lint clean
+.DELETE_ON_ERROR:
 
-demo: $(VENV)/.ready
-	$(BIN)/slotmemory generate $(DEMO)
+demo: $(PACKAGE)
+	@out=runs/lost-and-found; n=2; \
+	while [ -e "$$out" ]; do out=runs/lost-and-found-$$n; n=$$((n + 1)); done; \
+	$(BIN)/slotmemory generate examples/lost-and-found.yaml --out "$$out"
 
-test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest
+test: $(TOOLS)
+	$(BIN)/python -m pytest -n 2 $(TEST_ARGS)
 
-lint: $(VENV)/.ready-dev
+lint: $(TOOLS)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 
-$(VENV)/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "slotmemory needs Python 3.10 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip uv
-	$(BIN)/python -c 'import torch' 2>/dev/null \
-		|| UV_HTTP_TIMEOUT=30 $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=auto "$(TORCH)" \
-		|| $(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
-
-$(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --editable ".[dev,train]"
-	touch $@
-
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    { echo "slotmemory needs Python 3.10 or newer: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	    { echo "cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+
+# On Linux the default package index serves torch with several GB of CUDA; without a GPU the CPU build is taken: from
+# where pip looks anyway, should it have one (its version ends in +cpu), else from the index of the PyTorch project.
+$(PACKAGE): pyproject.toml | $(BIN)/python
+	@set -e; \
+	if $(BIN)/python -c 'import torch' 2>/dev/null; then :; \
+	elif [ -n '$(PIP_TORCH_ARGS)' ]; then $(PIP) install --quiet $(PIP_TORCH_ARGS); \
+	elif [ "$$(uname -s)" != Linux ]; then echo "Installing torch ..."; $(PIP) install --quiet 'torch>=2.8'; \
+	elif nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+	    echo "Installing torch for the GPU ..."; $(PIP) install --quiet 'torch>=2.8'; \
+	else \
+	    echo "Installing torch for the CPU (no GPU found) ..."; \
+	    $(PIP) install --quiet 'torch==2.13.0+cpu' 2>/dev/null || \
+	    $(PIP) install --quiet 'torch>=2.8' --index-url https://download.pytorch.org/whl/cpu; \
+	fi
+	@echo "Installing slotmemory ..."
+	@$(PIP) install --quiet --editable .
+	@touch $@
+
+$(TOOLS): $(PACKAGE)
+	@$(PIP) install --quiet --editable '.[dev]'
+	@touch $@

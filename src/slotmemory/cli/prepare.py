@@ -45,7 +45,7 @@ def prepare(script: Script, options: Generate) -> Prepared:
     # a recipe is read from any working directory
     model = options.model if options.model in embedded() else str(folder.resolve())
     memory = str(Path(options.memory).resolve()) if options.memory.endswith(".py") else options.memory
-    policy = _policy(memory)
+    policy = _policy(options.memory)
     check_arguments(options.memory, options.arguments, memories.arguments(policy))
 
     engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=DTYPES[dtype])

@@ -1,0 +1,111 @@
+"""What the flow objective shows a transformer: clips of chunks, who sees whom, and where gradients go."""
+
+import pytest
+import torch
+
+from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
+from slotmemory.training import flow, loop
+
+
+@pytest.fixture(scope="module")
+def objective(tmp_path_factory):
+    path = tmp_path_factory.mktemp("codec") / "codec.safetensors"
+    torch.manual_seed(0)
+    PreviewCodec(
+        PreviewConfig(
+            latent_channels=4,
+            patch=4,
+            encoder_channels=(),
+            decoder_channels=(8, 8, 8, 8),
+            blocks=(1, 1, 1),
+            space=(True, False, False),
+            direct=True,
+            normed=True,
+        )
+    ).save(path)
+    options = flow.Options(codec=str(path), dim=32, ffn_dim=64, heads=2, layers=2, text_dim=16, freq_dim=16, pool=2)
+    return flow.Objective(options, loop.Context(batch=2))
+
+
+def random(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_chunk_sees_distant_chunks_and_the_clean_past_never_another_noisy_chunk(objective):
+    options = objective.options
+    clean, per_clip = options.run - 1, flow.DISTANT + options.run - 1 + options.copies * options.run
+    for seed in range(20):
+        batch = objective.batch(objective.pool.at(0), random(seed))
+        for row, seen in enumerate(batch.table.tolist()):
+            clip, place = divmod(row, per_clip)
+            for other in (s for s in seen if s >= 0):
+                assert other // per_clip == clip, "a clip saw another clip"
+                assert other % per_clip < flow.DISTANT + clean, "a noisy chunk was seen"
+                if place >= flow.DISTANT and other % per_clip >= flow.DISTANT:
+                    assert batch.frames[other].max() < batch.frames[row].min(), "the future was seen"
+            if place < flow.DISTANT:
+                assert max(seen) < 0, "a distant chunk is encoded alone"
+
+
+def test_many_first_chunks_see_nothing_and_some_see_only_a_memory(objective):
+    alone = remembered = count = 0
+    for seed in range(40):
+        batch = objective.batch(objective.pool.at(0), random(seed))
+        first = batch.noisy & (batch.frames[:, 0] == 0)
+        sees = batch.table[first] >= 0
+        alone, remembered, count = (
+            alone + int((~sees).all(1).sum()),
+            remembered + int(sees.any(1).sum()),
+            count + len(sees),
+        )
+    assert 0.5 < alone / count < 0.8
+    assert remembered / count > 0.2
+
+
+def test_keys_of_distant_chunks_stand_before_the_run_within_reach(objective):
+    batch = objective.batch(objective.pool.at(0), random())
+    far = batch.frames[: flow.DISTANT]
+    assert (far < 0).all() and (far >= -3 * objective.options.far).all()
+
+
+def test_hiding_leaves_the_entity_in_sight_or_a_part_of_the_chunk(objective):
+    item = objective.pool.at(0)[0]
+    chunk = next(k for k in range(item.chunks) if item.visible[k])
+    entity = min(item.visible[chunk])
+    cells = item.cells[entity, chunk * 3 : chunk * 3 + 3].flatten()
+    shares = set()
+    for seed in range(60):
+        hidden = objective.hide(item, chunk, entity, random(seed))
+        assert hidden.shape == cells.shape
+        assert not hidden.all(), "a memory without a token"
+        shares.add(round(float((~hidden & cells).sum() / cells.sum()), 1))
+    assert 1.0 in shares and min(shares) < 0.7
+
+
+def test_clean_chunks_carry_little_noise_and_noisy_ones_the_samplers_levels(objective):
+    batch = objective.batch(objective.pool.at(0), random())
+    assert (batch.sigma[~batch.noisy] <= objective.options.context_noise).all()
+    levels = objective.schedule.warp(objective.levels)
+    at_level = (batch.sigma[batch.noisy][:, None] - levels).abs().amin(1) < 1e-6
+    assert at_level.float().mean() > 0.4
+
+
+def test_the_loss_reaches_words_and_every_block(objective):
+    loss, terms = objective.loss(0, 0, random())
+    loss.backward()
+    assert torch.isfinite(loss) and set(terms) == {"alone", "guided", "entity"}
+    # the head starts at zero, so only it learns in the first step; take one and look again
+    with torch.no_grad():
+        objective.transformer.head.head.weight.add_(0.01 * torch.randn(objective.transformer.head.head.weight.shape))
+    objective.loss(0, 0, random())[0].backward()
+    assert objective.words.embedding.weight.grad.abs().sum() > 0
+    for block in objective.transformer.blocks:
+        assert block.self_attn.k.weight.grad.abs().sum() > 0
+        assert block.cross_attn.v.weight.grad.abs().sum() > 0
+
+
+def test_the_pool_at_a_step_is_a_function_of_the_step(objective):
+    again = flow.Pool(objective.make, 2, 1, 0, 0)
+    torch.testing.assert_close(again.at(3)[0].latents, flow.Pool(objective.make, 2, 1, 0, 0).at(3)[0].latents)
+    kept = again.at(4)
+    assert len(kept) == 2
