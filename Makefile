@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# How to install torch, if the choice below does not suit: make demo PIP_TORCH_ARGS="torch --index-url https://..."
+# How to install torch, if the choice below does not suit: make demo PIP_TORCH_ARGS="torch==2.13.0"
 PIP_TORCH_ARGS ?=
 TEST_ARGS ?=
 
@@ -38,7 +38,7 @@ $(BIN)/python:
 	    { echo "cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
 # On Linux the default package index serves torch with several GB of CUDA; without a GPU the CPU build is taken: from
-# where pip looks anyway, should it have one (its version ends in +cpu), else from the index of the PyTorch project.
+# where pip looks anyway, should it have one (its version ends in +cpu), else by uv, which knows where CPU builds are.
 $(PACKAGE): pyproject.toml | $(BIN)/python
 	@set -e; \
 	if $(BIN)/python -c 'import torch' 2>/dev/null; then :; \
@@ -49,7 +49,8 @@ $(PACKAGE): pyproject.toml | $(BIN)/python
 	else \
 	    echo "Installing torch for the CPU (no GPU found) ..."; \
 	    $(PIP) install --quiet 'torch==2.13.0+cpu' 2>/dev/null || \
-	    $(PIP) install --quiet 'torch>=2.8' --index-url https://download.pytorch.org/whl/cpu; \
+	    { $(PIP) install --quiet uv && \
+	      $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=cpu 'torch>=2.8'; }; \
 	fi
 	@echo "Installing slotmemory ..."
 	@$(PIP) install --quiet --editable .
