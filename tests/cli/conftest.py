@@ -1,5 +1,6 @@
 """The command line called in this process, on a model of a few kilobytes."""
 
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +43,8 @@ def slotmemory(capfd, tmp_path, monkeypatch):
     """Call a command in an empty working directory: slotmemory("generate", ...) -> status, out, err."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
+    # whoever starts the tests in the background may have told them to ignore Ctrl-C
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def call(*words) -> Result:
         capfd.readouterr()
@@ -50,6 +53,7 @@ def slotmemory(capfd, tmp_path, monkeypatch):
         return Result(exit.value.code, *capfd.readouterr())
 
     yield call
+    signal.signal(signal.SIGINT, ctrl_c)
     torch.set_num_threads(threads)
 
 

@@ -14,9 +14,6 @@ from slotmemory.world.narrative import Narrative
 
 SMALL = Options(widths=(8, 8, 16, 16), pool=1, clips=2, held_out=1)
 
-# Until the weights are in the package the tests that need them wait; once they are, they must stay.
-trained = pytest.mark.skipif(not shipped().parent.is_dir(), reason="the reader is not trained yet")
-
 
 def frames_of(prompt: str, seed: int, chunk: int = 1) -> torch.Tensor:
     narrative = Narrative([(prompt, 0)], 3, seed)
@@ -178,7 +175,7 @@ def test_training_lowers_the_loss_and_measures_held_out_clips():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        values.append(float(loss))
+        values.append(loss.item())
     assert np.mean(values[-3:]) < 0.8 * values[0]
     assert "clean_kind" in objective.validate(0) and "clean_hue_error" in objective.validate(0)
 
@@ -190,12 +187,10 @@ def test_the_recipe_is_valid():
 # the weights that ship
 
 
-@trained
 def test_the_shipped_reader_is_small():
     assert shipped().stat().st_size < 2_000_000
 
 
-@trained
 @pytest.mark.parametrize(
     ("prompt", "seed"),
     [
@@ -214,13 +209,11 @@ def test_the_shipped_reader_reads_a_clean_frame_right(prompt, seed):
     assert reading.hue == pytest.approx(entity.hue, abs=2.0) or abs(reading.hue - entity.hue) > 358.0
 
 
-@trained
 @pytest.mark.parametrize("scene", ["meadow", "beach", "snow", "night"])
 def test_the_shipped_reader_sees_nobody_in_an_empty_scene(scene):
     assert Reader.load().read(frames_of(f"The {scene} is empty.", 2**40)).count == NOBODY
 
 
-@trained
 def test_the_shipped_reader_sees_nobody_in_noise():
     random = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (4, 3, 48, 80), generator=random, dtype=torch.uint8)

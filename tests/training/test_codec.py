@@ -24,7 +24,7 @@ SIZES = {"latent_channels": 4, "encoder_channels": [8, 8, 8], "decoder_channels"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    options = {"data": "toy", "frames": 5, "sizes": SIZES, "held_out": 2, "statistics_clips": 8}
+    options = {"data": "toy", "frames": 5, "sizes": SIZES, "held_out": 2, "statistics_clips": 64}
     values = {"objective": "codec", "steps": 30, "batch": 2, "ema": 0.5, "optimizer": {"warmup": 2}, "options": options}
     train(parse_recipe(values), folder)
     return folder
@@ -43,7 +43,7 @@ def test_exported_latents_have_about_unit_variance(run):
     from slotmemory.training.codec import ToyClips
 
     codec = PreviewCodec.load(run / "weights" / "codec.ema.safetensors")
-    pixels, _ = ToyClips(Options(frames=5)).batch(7, 16)
+    pixels, _ = ToyClips(Options(frames=5)).batch(7, 64)
     with torch.no_grad():
         mean, std = statistics(codec.encode(to_float(pixels)))
     assert mean.abs().max() < 0.7 and 0.5 < float(std.mean()) < 1.6

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from slotmemory.script import Schedule
 
@@ -26,7 +27,8 @@ class Progress:
         self.started = self.told = time.monotonic()
         self.bar: Bar | None = None
         if self.console.is_terminal:
-            columns = (BarColumn(bar_width=30), TextColumn("{task.description}"))
+            line = Column(no_wrap=True, overflow="ellipsis")
+            columns = (BarColumn(bar_width=30), TextColumn("{task.description}", table_column=line))
             self.bar = Bar(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task("the first chunk is being made ...", total=schedule.chunks, completed=done)
 
