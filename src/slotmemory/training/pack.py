@@ -21,7 +21,9 @@ def exported(source: Path, part: str) -> Path:
     places = (source, source / "weights" / f"{part}.ema.safetensors", source / f"{part}.safetensors")
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise InputError(f"{source} holds no {part} weights; give a training run, a model folder or a .safetensors file")
+        raise InputError(
+            f"{source} holds no {part} weights; give a training run, a model folder or a .safetensors file"
+        )
     return found
 
 
