@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +24,14 @@ from slotmemory.script import Script
 from slotmemory.session import Chunk, Session
 
 
-class Text:
+class Text(Protocol):
     """What a text encoder offers: `encode(prompts) -> embeddings [B, L, C], words [B]`, and `check(prompt)`."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
     def check(self, prompt: str) -> None:
         """Raise ValueError for a prompt the encoder cannot take."""
+        ...
 
 
 @dataclass(frozen=True)
