@@ -169,6 +169,9 @@ class Watched(Memory):
     def read(self, state: State, layer: int, now: Now) -> list[Bank]:
         return self.around("read", self.policy.read, (state, layer, now))
 
+    def attend(self, state: State, now: Now, read: list[list[Bank]], context: list[tuple[Tensor, Tensor]]) -> Any:
+        return self.around("attend", self.policy.attend, (state, now, read, context))
+
     def write(self, state: State, written: Written) -> State:
         return self.around("write", self.policy.write, (state, written))
 
@@ -314,13 +317,19 @@ def keeps_rows_apart(trial: Trial) -> None:
 
 
 def edits_nothing_it_is_given(trial: Trial) -> None:
-    """State in, state out: read, write, update and switch leave their arguments as they were."""
+    """State in, state out: read, attend, write, update and switch leave their arguments as they were."""
 
     def around(call, method, given):
-        before = copy.deepcopy(given)
+        # a pattern is the policy's own, made for this chunk
+        shown = [replace(part, pattern=None) if isinstance(part, Written) else part for part in given]
+        before = copy.deepcopy(shown)
         found = method(*given)
-        names = {"read": ("state", "layer", "now"), "switch": ("state", "now")}.get(call, ("state", "written"))
-        for name, old, new in zip(names, before, given):
+        names = {
+            "read": ("state", "layer", "now"),
+            "attend": ("state", "now", "read", "context"),
+            "switch": ("state", "now"),
+        }.get(call, ("state", "written"))
+        for name, old, new in zip(names, before, shown):
             changed = difference(old, new, name)
             demand(changed is None, f"{trial.name} changes {changed} in `{call}`; return a new state, edit none")
         return found
@@ -378,10 +387,11 @@ def lets_forks_go_their_own_ways(trial: Trial) -> None:
 
 
 def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
-    """Every trainable parameter gets a gradient, by losses or state; what is read carries none to earlier chunks."""
+    """Every trainable parameter gets a gradient, by losses, state or attention; what is read carries none to earlier chunks."""
     memory = trial.memory().requires_grad_(True)
     leaves: list[Tensor] = []
-    shown: list[Bank] = []
+    shown: list[Any] = []  # what was read, and what attention inside the policy made of it
+    patterns: list[Any] = []
 
     def around(call, method, given):
         with torch.enable_grad():
@@ -389,18 +399,30 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
                 state, written = given
                 layers = [Seen(*(x.detach().clone().requires_grad_() for x in seen)) for seen in written.layers]
                 leaves.extend(x for seen in layers for x in (seen.keys, seen.values))
-                given = state, replace(written, layers=layers)
+                pattern = patterns[-1] or written.pattern
+                given = state, replace(written, layers=layers, pattern=pattern)
             found = method(*given)
         if call == "read":
             shown.extend(found)
+        if call == "attend":
+            patterns.append(found)
+            return found and watched(found)
         return found
+
+    def watched(pattern):
+        def attended(*given):
+            with torch.enable_grad():
+                shown.append(pattern(*given))
+            return shown[-1].detach()
+
+        return attended
 
     session = trial.session(Watched(memory, around))
     try:
         for _ in range(min(3, trial.chunks)):
             session.step()
         with torch.enable_grad():
-            read = sum((total(bank) for bank in shown), torch.zeros(()))
+            read = sum((total(part) for part in shown), torch.zeros(()))
             kept = sum(memory.losses(session.state).values(), torch.zeros(())) + total(session.state)
         if read.requires_grad:
             reached = torch.autograd.grad(read, leaves, retain_graph=True, allow_unused=True)

@@ -17,13 +17,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slotmemory.errors import InputError, unknown
 from slotmemory.layout import Layout
+
+if TYPE_CHECKING:
+    from slotmemory.backbones.attention import Pattern
 
 State = dict[str, Any]  # a plain tree of tensors, numbers and banks; a policy returns a new one, it never edits one
 
@@ -145,12 +148,16 @@ class Now:
 
 @dataclass(frozen=True)
 class Written:
-    """What the clean pass saw of a chunk: per layer a `Seen` (keys, values, hidden, text_query), and the latents."""
+    """What the clean pass saw of a chunk: per layer a `Seen` (keys, values, hidden, text_query, query), and the latents.
+
+    pattern: how the chunk attended (`Memory.attend`), with whatever the pattern noted in the denoising steps.
+    """
 
     now: Now
     layers: Sequence[Any]
     positions: Tensor  # [B or 1, N, 3]
     latents: Tensor  # [B, F, C, h, w]
+    pattern: Pattern | None = None
 
     @property
     def frames(self) -> int:
@@ -189,6 +196,19 @@ class Memory(nn.Module):
     def read(self, state: State, layer: int, now: Now) -> list[Bank]:
         """Return the banks whose tokens the chunk attends to in this layer, beside its own."""
         return []
+
+    def attend(
+        self, state: State, now: Now, read: Sequence[list[Bank]], context: Sequence[tuple[Tensor, Tensor]]
+    ) -> Pattern | None:
+        """Say how the chunk attends to what was read; None: in one softmax with its own tokens, the fastest.
+
+        For policies that act inside attention: that choose by the queries of the chunk, read with a softmax of their own
+        or want to know the queries of the denoising steps. read: the banks by layer; context: the same by layer, joined
+        in that order, keys rotated to where they stand, each [B, M, H, D]. The pattern (`backbones/attention.py`) lives as
+        long as the chunk: every layer of every pass calls it, the clean pass last, and `write` finds it in `written`. What
+        is to outlive the chunk must go into the state there.
+        """
+        return None
 
     def write(self, state: State, written: Written) -> State:
         """Take in what the clean pass saw."""

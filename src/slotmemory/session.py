@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from slotmemory.backbones.attention import Buffered
+from slotmemory.backbones.attention import Buffered, Pattern
 from slotmemory.backbones.causal_wan import TextKeys
 from slotmemory.backbones.rope import grid_positions, rotate, rotation
 from slotmemory.codecs.base import to_uint8
@@ -143,11 +143,10 @@ class Session:
                 state = self._switch(state, now)
                 clock.lap("switch")
             read = self._read(state, now)
-            context = self._rotated(read)
+            pattern = self._pattern(state, now, read)
             clock.lap("read")
             frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
             shape = (self.batch, now.frames, layout.latent_channels, layout.latent_height, layout.latent_width)
-            pattern = Buffered(context)
 
             def predict(noisy: Tensor, t: float) -> Tensor:
                 steps = torch.full(shape[:2], t, device=engine.device)
@@ -198,7 +197,8 @@ class Session:
         for part in latents.split(step, 1):
             told = self._told()
             now = self._now(told, frames=part.shape[1])
-            written = self._clean_pass(part, now, Buffered(self._rotated(self._read(self.state, now))))
+            pattern = self._pattern(self.state, now, self._read(self.state, now))
+            written = self._clean_pass(part, now, pattern)
             state = self.engine.memory.update(self.engine.memory.write(self.state, written), written)
             vars(self).update(self._past(part, told), state=state)
 
@@ -228,7 +228,7 @@ class Session:
         state, replay = memory.switch(state, now)
         if replay:
             past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens, replay=True)
-            pattern = Buffered(self._rotated(self._read(state, past)))
+            pattern = self._pattern(state, past, self._read(state, past))
             written = self._clean_pass(self.recent[:, -replay:], past, pattern)
             state = memory.update(memory.write(state, written), written)
         return state
@@ -245,6 +245,11 @@ class Session:
                 )
             read.append(found)
         return read
+
+    def _pattern(self, state: State, now: Now, read: list[list[Bank]]) -> Pattern:
+        """How the chunk attends to what was read: as the memory says, else in one softmax."""
+        context = self._rotated(read)
+        return self.engine.memory.attend(state, now, read, context) or Buffered(context)
 
     def _rotated(self, read: list[list[Bank]]) -> list[tuple[Tensor, Tensor]]:
         """Join what was read per layer into one buffer and rotate its keys to where they stand."""
@@ -264,7 +269,7 @@ class Session:
             context.append((rotate(keys, *turn), values))
         return context
 
-    def _clean_pass(self, latents: Tensor, now: Now, pattern: Buffered) -> Written:
+    def _clean_pass(self, latents: Tensor, now: Now, pattern: Pattern) -> Written:
         """Run the model once more on finished latents, at the noise level that contexts have."""
         engine, noise = self.engine, self.engine.context_noise
         if noise:
@@ -274,7 +279,7 @@ class Session:
         frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
         steps = torch.full(latents.shape[:2], noise * 1000, device=engine.device)
         _, seen = engine.backbone(latents_in, steps, now.text, frames, pattern)
-        return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents)
+        return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents, pattern)
 
     def _past(self, latents: Tensor, told: Told) -> dict[str, Any]:
         """What the session remembers of latents once they are made."""

@@ -31,7 +31,7 @@ def written(moment: Now, seeds=(0,), change=None) -> Written:
         rows = []
         for seed in seeds:
             generator = torch.Generator().manual_seed(1000 * seed + 10 * moment.chunk + layer)
-            parts = (shape, shape, (LAYOUT.model_width,), shape)  # keys, values, features, text queries
+            parts = (shape, shape, (LAYOUT.model_width,), shape, shape)  # keys, values, features, text queries, queries
             rows.append([torch.randn(tokens, *part, generator=generator) for part in parts])
         seen = Seen(*(torch.stack(part) for part in zip(*rows)))
         layers.append(change(seen, layer) if change else seen)

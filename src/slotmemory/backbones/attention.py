@@ -1,8 +1,9 @@
 """Who attends to whom: the ways a self-attention layer can be given keys and values beside the chunk's own.
 
-The backbone computes rotated queries and keys and calls `pattern(layer, query, key, value)`; it does not know which
-pattern, or which memory behind it, is in use. All tensors [B, N, H, D]; softmax scale 1 / sqrt(D), accumulated in fp32
-by the kernel.
+The backbone computes rotated queries and keys and calls `pattern(layer, query, key, value, hidden)`; it does not know
+which pattern, or which memory behind it, is in use. Query, key, value and what comes back are [B, N, H, D], hidden
+[B, N, C] is the normed, modulated input they were projected from; softmax scale 1 / sqrt(D), accumulated in fp32 by the
+kernel. Nothing here knows a backbone: policies that act inside attention (`Memory.attend`) build on it.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class Pattern(Protocol):
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor: ...
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ class Dense:
     def __init__(self, sees: Tensor | None = None):
         self.sees = sees
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
         if self.sees is None:
             return attend(query, key, value)
         per_frame = query.shape[1] // self.sees.shape[0]
@@ -57,20 +58,24 @@ class Buffered:
         self.context = context
         self.buffers: list[tuple[Tensor, Tensor] | None] = [None] * len(context)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return attend(query, *self.joined(layer, key, value))
+
+    def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the chunk's own keys and values behind what was read: two [B, M + N, H, D], valid until the next call."""
         past_key, past_value = self.context[layer]
         past = past_key.shape[1]
         if past == 0:
-            return attend(query, key, value)
+            return key, value
         if torch.is_grad_enabled() and (key.requires_grad or past_key.requires_grad):
-            return attend(query, torch.cat((past_key, key), 1), torch.cat((past_value, value), 1))
+            return torch.cat((past_key, key), 1), torch.cat((past_value, value), 1)
         buffer = self.buffers[layer]
         if buffer is None:
             buffer = (torch.cat((past_key, key), 1), torch.cat((past_value, value), 1))
             self.buffers[layer] = buffer
         else:
             buffer[0][:, past:], buffer[1][:, past:] = key, value
-        return attend(query, *buffer)
+        return buffer
 
 
 class Rows:
@@ -98,5 +103,5 @@ class Rows:
         read = x.index_select(0, self.index).view(rows, self.reads * tokens, heads, dim)
         return torch.cat((read, x), 1).transpose(1, 2)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None) -> Tensor:
         return _explicit(query.transpose(1, 2), self.gather(key), self.gather(value), self.bias).transpose(1, 2)

@@ -65,13 +65,15 @@ class Seen(NamedTuple):
     """What one layer saw in a pass: the raw material of every memory.
 
     keys, values [B, N, H, D] un-rotated; hidden [B, N, C] the normed, modulated input of self-attention;
-    text_query [B, N, H, D] the cross-attention queries of the same tokens.
+    text_query [B, N, H, D] the cross-attention queries of the same tokens; query [B, N, H, D] the self-attention queries,
+    un-rotated.
     """
 
     keys: Tensor
     values: Tensor
     hidden: Tensor
     text_query: Tensor
+    query: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -135,12 +137,12 @@ class Block(nn.Module):
         hidden = modulate(x, shift1, scale1, self.eps).flatten(1, 2)
         query = self.self_attn.query(hidden)
         key, value = self.self_attn.key_value(hidden)
-        mixed = pattern(layer, rotate(query, *turn), rotate(key, *turn), value)
+        mixed = pattern(layer, rotate(query, *turn), rotate(key, *turn), value, hidden)
         x = x + gate1 * self.self_attn.o(mixed.flatten(2)).view(shape)
         text_query = self.cross_attn.query(self.norm3(x).flatten(1, 2))
         x = x + self.cross_attn.o(attend(text_query, *text).flatten(2)).view(shape)
         x = x + gate2 * self.ffn(modulate(x, shift2, scale2, self.eps))
-        return x, Seen(key, value, hidden, text_query)
+        return x, Seen(key, value, hidden, text_query, query)
 
 
 class Head(nn.Module):
