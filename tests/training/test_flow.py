@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
-from slotmemory.training import flow, loop
+from slotmemory.training import flow, loop, shown
+from slotmemory.world.vocabulary import canonical
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,57 @@ def test_the_pool_at_a_step_is_a_function_of_the_step(objective):
     torch.testing.assert_close(again.at(3)[0].latents, flow.Pool(objective.make, 2, 1, 0, 0).at(3)[0].latents)
     kept = again.at(4)
     assert len(kept) == 2
+
+
+def with_options(objective, **changes):
+    return flow.Objective(objective.options.model_copy(update=changes), objective.context)
+
+
+def test_a_still_step_shows_single_latent_frames_that_see_nothing_else(objective):
+    still = with_options(objective, stills=1.0, still_rows=6, probe=0.5)
+    batch = still.still_batch(still.pool.at(0), random())
+    assert batch.latents.shape[:2] == (12, 1) and batch.table.shape == (12, 0) and batch.noisy.all()
+    loss, terms = still.loss(0, 0, random())
+    assert set(terms) == {"still", "entity", "probe"} and torch.isfinite(loss)
+    loss.backward()
+    assert still.transformer.blocks[0].self_attn.q.weight.grad.abs().sum() > 0, "the probe teaches early blocks"
+    assert still.probe.answer.weight.grad.abs().sum() > 0
+
+
+def test_all_ranks_take_the_same_kind_of_step(objective):
+    half = with_options(objective, stills=0.5)
+    kinds = [["still" in half.loss(step, rank, random(rank))[1] for rank in (0, 1)] for step in range(12)]
+    assert all(a == b for a, b in kinds) and {a for a, _ in kinds} == {True, False}
+
+
+def test_own_predictions_replace_clean_chunks_only_and_only_below_the_limit(objective):
+    own = with_options(objective, own_below=0.9)
+    batch = own.batch(own.pool.at(0), random())
+    changed = own.with_own_past(batch, torch.randn(batch.latents.shape, generator=random()))
+    for row, (before, after) in enumerate(zip(batch.latents, changed.latents)):
+        made = dict(batch.stand_ins).get(row)
+        replaced = made is not None and float(batch.sigma[made]) <= 0.9
+        assert torch.equal(before, after) != replaced, row
+    assert any(float(batch.sigma[made]) <= 0.9 for _, made in batch.stand_ins), "nothing was tried"
+
+
+def test_labels_name_the_entity_that_covers_a_cell_and_the_scene_of_its_frame(objective):
+    item = objective.pool.at(0)[0]
+    covered = item.cells.any(0).flatten(1)
+    assert torch.equal(item.labels[..., 0] > 0, covered)
+    assert (item.places[~covered] == 0).all() and item.places.abs().max() <= 2
+    chunk = next(k for k in range(item.chunks) if item.visible[k])
+    named = shown.QUESTIONS["kind"][int(item.labels[chunk * 3 + 1][covered[chunk * 3 + 1]][0, 0]) - 1]
+    assert named in canonical(item.prompts[chunk])
+    words = canonical(item.prompts[chunk])
+    assert shown.SCENES[int(item.labels[chunk * 3, 0, 4])] in words
+
+
+def test_the_probe_loss_counts_places_on_entities_only():
+    labels = torch.tensor([[[1, 2, 1, 1, 0], [0, 0, 0, 0, 0]]])
+    answers = torch.zeros(1, 2, sum(shown.SIZES) + 2)
+    at_home = shown.probe_loss(answers, labels, torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]))
+    away = shown.probe_loss(answers, labels, torch.tensor([[[1.0, 1.0], [0.0, 0.0]]]))
+    even = torch.tensor([float(size) for size in shown.SIZES]).log().mean()
+    torch.testing.assert_close(at_home, even)
+    torch.testing.assert_close(away, even + 1.0)

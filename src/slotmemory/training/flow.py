@@ -3,14 +3,18 @@
 A clip is two distant chunks (the video's first and one that a memory might give back) and a run of consecutive ones.
 Its clean chunks are encoded once; several noisy copies of the run share them as context: [sink | memory | two past
 chunks | itself]. Which of these a noisy chunk may see is drawn per copy, so that the model learns to start from text alone,
-to go on from a window, and to take a returning entity from a distant chunk or a part of one.
+to go on from a window, and to take a returning entity from a distant chunk or a part of one. A share of the steps shows
+single latent frames and their prompts instead: five times as many pictures for the same arithmetic, and looks come first.
+
+The model's own mistakes are part of its past when it streams. In a share of the steps, some clean chunks of the run are
+what the model makes of them in one step from noise, so that it learns to mend what it reads rather than to add to it.
 
 Rows of a batch are chunks (`attention.Rows`); keys are placed by role, so that distances stay small however long a video.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,10 +25,11 @@ from slotmemory.backbones.attention import Rows
 from slotmemory.backbones.causal_wan import CausalWan, WanConfig
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
-from slotmemory.sampler import FlowSchedule, add_noise
+from slotmemory.sampler import FlowSchedule, add_noise, flow_to_x0
 from slotmemory.training import loop
 from slotmemory.training.narratives import Encoded, Pool, encode
 from slotmemory.training.recipe import Frozen
+from slotmemory.training.shown import Probe, probe_loss
 from slotmemory.world.narrative import Narrative
 
 HELD_OUT = 2**31  # validation narratives have seeds from here on; a pool's are below
@@ -61,11 +66,21 @@ class Options(Frozen):
     no_memory: float = 0.2
     no_past: float = 0.1
     alone: float = Field(0.6, description="share of the run's first chunks that see nothing at all")
+    shift: float = Field(5.0, description="warp of the noise levels that are drawn evenly")
+    stills: float = Field(0.0, description="share of the steps that show single latent frames without a past")
+    still_rows: int = Field(64, description="latent frames of such a step, per clip of the batch")
+    own: float = Field(0.0, description="share of the clip steps with predictions of the model's own in the past")
+    own_below: float = Field(0.93, description="noise level up to which such a prediction stands in for its chunk")
+    probe: float = Field(0.0, description="weight of what inner features should tell about the picture (shown.py)")
+    probe_layer: int = Field(3, description="block whose input is asked")
 
 
 @dataclass
 class Batch:
-    """Rows of chunks: latents [R, F, C, h, w], frames [R, F], sigma [R], table [R, K], hidden [R, N], weight [R, N]."""
+    """Rows of chunks: latents [R, F, C, h, w], frames [R, F], sigma [R], table [R, K], hidden [R, N], weight [R, N].
+
+    labels [R, N, 5] and places [R, N, 2] say what each token shows; stand_ins: pairs (clean row, noisy row of the same
+    chunk), in which the model's prediction of the latter may replace the former."""
 
     latents: Tensor
     frames: Tensor
@@ -75,6 +90,9 @@ class Batch:
     weight: Tensor
     prompts: list[str]
     noisy: Tensor  # [R] bool
+    labels: Tensor | None = None
+    places: Tensor | None = None
+    stand_ins: tuple[tuple[int, int], ...] = ()
 
 
 def columns_in_use(table: Tensor) -> Tensor:
@@ -104,12 +122,17 @@ class Objective(loop.Objective):
         )
         self.words = WordEncoder(options.text_dim, options.text_len)
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
+        self.probe = Probe(options.dim)
         self.schedule = FlowSchedule()
+        self.even = FlowSchedule(options.shift)
+        self.shares = torch.tensor([options.stills, options.own])
         self.levels = torch.tensor([s / 1000 for s in options.steps])
         self.held_out: list[Encoded] = []
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer, "words": self.words}
+        return {"transformer": self.transformer, "words": self.words, "probe": self.probe}
+
+    auxiliary = frozenset({"probe"})
 
     def parameter_groups(self):
         # Muon is for hidden matrices; embeddings, the time path and the head are not
@@ -119,6 +142,7 @@ class Objective(loop.Objective):
             if p.ndim == 2 and not name.startswith("blocks.")
         ]
         plain += [f"words.{name}" for name, p in self.words.named_parameters() if p.ndim == 2]
+        plain += [f"probe.{name}" for name, p in self.probe.named_parameters() if p.ndim == 2]
         return [{"names": plain, "optimizer": "adamw", "scale": 1.0}]
 
     def make(self, seed: int) -> Encoded:
@@ -178,7 +202,7 @@ class Objective(loop.Objective):
         s = torch.rand(count, generator=random)
         level = self.levels[torch.randint(len(self.levels), (count,), generator=random)]
         at_level = torch.rand(count, generator=random) < self.options.at_levels
-        return self.schedule.warp(torch.where(at_level, level, s.clamp(min=0.004)))
+        return torch.where(at_level, self.schedule.warp(level), self.even.warp(s.clamp(min=0.004)))
 
     def batch(self, items: list[Encoded], random: torch.Generator) -> Batch:
         """Draw one clip from each narrative given."""
@@ -188,6 +212,7 @@ class Objective(loop.Objective):
         cells = items[0].latents[0, 0].numel()
         use_sink, use_far_past = (torch.rand(2, generator=random) > torch.tensor([o.no_sink, o.short])).tolist()
         latents, frames, sigma, table, hidden, weight, prompts = [], [], [], [], [], [], []
+        labels, places, stand_ins = [], [], []
         for number, item in enumerate(items):
             base = number * per_clip
             start = self.clip_start(item, random)
@@ -200,6 +225,8 @@ class Objective(loop.Objective):
                 shown = item.cells[:, chunk * size : (chunk + 1) * size].any(0)
                 weight.append(1.0 + (o.entity_weight - 1.0) * shown.flatten().float())
                 frames.append(torch.arange(first, first + size))
+                labels.append(item.labels[chunk * size : (chunk + 1) * size].flatten(0, 1))
+                places.append(item.places[chunk * size : (chunk + 1) * size].flatten(0, 1))
                 prompts.append(item.prompts[chunk])
                 hidden.append(torch.zeros(size * cells, dtype=torch.bool))
             hidden[base + MEMORY] = self.hide(item, far, entity, random)
@@ -207,6 +234,7 @@ class Objective(loop.Objective):
             sigma.append(torch.rand(DISTANT + clean, generator=random) * o.context_noise * noised)
             sigma.append(self.draw_sigma(o.copies * o.run, random))
             table += self.rows(base, use_sink and start > 0, o.past if use_far_past else 1, random)
+            stand_ins += [(base + DISTANT + j, base + DISTANT + clean + j) for j in range(clean)]
         sigma_all = torch.cat(sigma)
         noisy = torch.arange(per_clip) >= DISTANT + clean
         drop = torch.rand(len(prompts), generator=random) < o.no_text
@@ -219,6 +247,30 @@ class Objective(loop.Objective):
             torch.stack(weight),
             ["" if gone else prompt for prompt, gone in zip(prompts, drop.tolist())],
             noisy.repeat(len(items)),
+            torch.stack(labels),
+            torch.stack(places),
+            tuple(stand_ins),
+        )
+
+    def still_batch(self, items: list[Encoded], random: torch.Generator) -> Batch:
+        """Draw single latent frames from all narratives given; each sees itself and its prompt."""
+        rows = self.options.still_rows * self.context.batch
+        which = torch.randint(len(items), (rows,), generator=random).tolist()
+        shares = torch.rand(rows, generator=random).tolist()
+        picked = [(items[i], int(share * len(items[i].latents))) for i, share in zip(which, shares)]
+        cells = torch.stack([item.cells[:, f].any(0).flatten() for item, f in picked])
+        drop = torch.rand(rows, generator=random) < self.options.no_text
+        return Batch(
+            torch.stack([item.latents[f : f + 1] for item, f in picked]),
+            torch.zeros(rows, 1, dtype=torch.long),
+            self.draw_sigma(rows, random),
+            torch.zeros(rows, 0, dtype=torch.long),
+            torch.zeros_like(cells),
+            1.0 + (self.options.entity_weight - 1.0) * cells.float(),
+            ["" if gone else item.prompts[f // 3] for (item, f), gone in zip(picked, drop.tolist())],
+            torch.ones(rows, dtype=torch.bool),
+            torch.stack([item.labels[f] for item, f in picked]),
+            torch.stack([item.places[f] for item, f in picked]),
         )
 
     def rows(self, base: int, has_sink: bool, past: int, random: torch.Generator) -> list[list[int]]:
@@ -241,8 +293,8 @@ class Objective(loop.Objective):
 
     # the loss
 
-    def predict(self, batch: Batch, noise: Tensor) -> Tensor:
-        """Predict the flow of every row, at this run's precision."""
+    def predict(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict the flow of every row, at this run's precision -> flow and the probed layer's input [R, N, dim]."""
         dtype = self.context.dtype
         ids = self.words.tokenise(batch.prompts)
         unique, which = ids.unique(dim=0, return_inverse=True)
@@ -252,30 +304,55 @@ class Objective(loop.Objective):
         noisy = add_noise(batch.latents, noise, batch.sigma).to(dtype)
         steps = (batch.sigma * 1000)[:, None].expand(batch.frames.shape)
         pattern = Rows(batch.table, batch.hidden.shape[1], batch.hidden)
-        return loop.cast_call(self.transformer, dtype, noisy, steps, text, batch.frames, pattern)[0]
+        flow, seen = loop.cast_call(self.transformer, dtype, noisy, steps, text, batch.frames, pattern)
+        return flow, seen[min(self.options.probe_layer, len(seen) - 1)].hidden
 
-    def errors(self, batch: Batch, noise: Tensor) -> Tensor:
-        """Squared flow error per token of every row: [R, N]."""
-        flow = self.predict(batch, noise).float()
-        return (flow - (noise - batch.latents)).square().mean(2).flatten(1)
+    def errors(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared flow error per token of every row [R, N], and the probed layer's input."""
+        flow, hidden = self.predict(batch, noise)
+        return (flow.float() - (noise - batch.latents)).square().mean(2).flatten(1), hidden
+
+    @torch.no_grad()
+    def with_own_past(self, batch: Batch, noise: Tensor) -> Batch:
+        """Let predictions of the model's own stand in for clean chunks where the noise left enough of the truth."""
+        flow, _ = self.predict(batch, noise)
+        noisy = add_noise(batch.latents, noise, batch.sigma)
+        x0 = flow_to_x0(flow.float(), noisy, batch.sigma)
+        latents = batch.latents.clone()
+        for clean, made in batch.stand_ins:
+            if batch.sigma[made] <= self.options.own_below:
+                latents[clean] = x0[made]
+        return replace(batch, latents=latents)
 
     def loss(self, step: int, rank: int, generator: torch.Generator):
-        pool = self.pool.at(step)
-        chosen = torch.randint(len(pool), (self.context.batch,), generator=generator).tolist()
-        batch = self.batch([pool[i] for i in chosen], generator)
+        pool, options = self.pool.at(step), self.options
+        # one draw for all ranks: they wait for the slowest, and their logs must have the same columns
+        still, own = (torch.rand(2, generator=loop.generator_for(self.context.seed, step, -1)) < self.shares).tolist()
+        if still:
+            batch = self.still_batch(pool, generator)
+        else:
+            chosen = torch.randint(len(pool), (self.context.batch,), generator=generator).tolist()
+            batch = self.batch([pool[i] for i in chosen], generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
-        errors = self.errors(batch, noise)[batch.noisy]
+        if own and not still:
+            batch = self.with_own_past(batch, noise)
+        errors, features = self.errors(batch, noise)
+        errors = errors[batch.noisy]
         weight = batch.weight[batch.noisy]
         loss = (errors * weight).sum() / weight.sum()
-        alone = (batch.table[batch.noisy] < 0).all(1)
-        per_row = errors.detach().mean(1)
-        zero = torch.zeros(())
-        terms = {
-            "alone": per_row[alone].mean() if alone.any() else zero,
-            "guided": per_row[~alone].mean(),
-            "entity": errors.detach()[weight > 1].mean() if (weight > 1).any() else zero,
-        }
-        return loss, terms
+        told = {"entity": errors.detach()[weight > 1].mean() if (weight > 1).any() else torch.zeros(())}
+        if still:
+            told["still"] = errors.detach().mean()
+        else:
+            alone = (batch.table[batch.noisy] < 0).all(1)
+            told["alone"] = errors.detach()[alone].mean() if alone.any() else torch.zeros(())
+            told["guided"] = errors.detach()[~alone].mean()
+        if options.probe:
+            answers = loop.cast_call(self.probe, self.context.dtype, features[batch.noisy])
+            told["probe"] = probe_loss(answers, batch.labels[batch.noisy], batch.places[batch.noisy])
+            loss = loss + options.probe * told["probe"]
+            told["probe"] = told["probe"].detach()
+        return loss, told
 
     # what is looked at
 
@@ -313,7 +390,7 @@ class Objective(loop.Objective):
                     )
                     noise = torch.randn(batch.latents.shape, generator=random)
                     with torch.no_grad():
-                        results[name].append(self.errors(batch, noise)[1][mask].mean())
+                        results[name].append(self.errors(batch, noise)[0][1][mask].mean())
         return {f"return_{name}": float(torch.stack(values).mean()) for name, values in results.items() if values}
 
     def sample(self, step: int, folder: Path) -> None:
@@ -324,6 +401,8 @@ class Objective(loop.Objective):
 
     def metadata(self, module: str) -> dict[str, str]:
         o = self.options
+        if module == "probe":
+            return {}
         if module == "words":
             return {"config": f'{{"dim": {o.text_dim}, "length": {o.text_len}}}'}
         return {"config": self.transformer.config.to_json()}

@@ -62,6 +62,9 @@ class Context:
 class Objective(ABC):
     """One training stage. A file `training/<name>.py` defines `Options` and `Objective(options, context)`."""
 
+    # modules that only help to train the others: weights to start from may lack them
+    auxiliary: frozenset[str] = frozenset()
+
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
         """Name the modules that are trained, in fp32; their names are the names of the exported files."""
@@ -382,6 +385,8 @@ class _Trainer:
                 places = [source / "weights", source]
                 names = [f"{name}.ema.safetensors", f"{name}.safetensors"]
                 found = [place / file for place in places for file in names if (place / file).is_file()]
+                if not found and name in self.objective.auxiliary:
+                    continue
                 if not found:
                     raise InputError(f"init: {source} holds no weights of {name!r}; expected {places[0] / names[0]}")
                 path = found[0]

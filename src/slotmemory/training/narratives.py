@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slotmemory.codecs.base import to_float
 from slotmemory.training.loop import seed_for
+from slotmemory.training.shown import labels_of
 from slotmemory.world.narrative import Narrative
 
 CELL_SHARE = 0.15  # a latent cell belongs to an entity that covers at least this share of its pixels
@@ -20,10 +21,14 @@ CELL_SHARE = 0.15  # a latent cell belongs to an entity that covers at least thi
 
 @dataclass(frozen=True)
 class Encoded:
-    """One narrative: latents [L, C, h, w], per-entity cells [E, L, h, w] bool, and per chunk prompt and who is visible."""
+    """One narrative: latents [L, C, h, w], per-entity cells [E, L, h, w] bool, and per chunk prompt and who is visible.
+
+    labels [L, h w, 5] and places [L, h w, 2]: what each cell shows (`shown.labels_of`)."""
 
     latents: Tensor
     cells: Tensor
+    labels: Tensor
+    places: Tensor
     prompts: list[str]
     visible: list[frozenset[int]]
     starts: list[int]  # chunks at which a shot begins, 0 included
@@ -41,16 +46,20 @@ def encode(narrative: Narrative, codec, frames_per_chunk: int = 3) -> Encoded:
         latents = codec.encode(to_float(pixels)[None].to(codec.dtype))[0].float()
     chunks = len(latents) // frames_per_chunk
     prompts = [narrative.prompt(k) for k in range(chunks)]
-    masks = narrative.truth(0, last).masks
+    truth = narrative.truth(0, last)
     stride = pixels.shape[-1] // latents.shape[-1]
-    cells = []
+    shares = torch.zeros(len(narrative.entities), *latents[:, 0].shape)
     for entity in range(len(narrative.entities)):
-        share = torch.from_numpy(masks == entity + 1).float()
-        share = torch.nn.functional.avg_pool2d(share[:, None], stride)[:, 0]  # [T, h, w]
-        cells.append(torch.cat((share[:1], share[1:].unflatten(0, (-1, 4)).mean(1))) > CELL_SHARE)
+        covered = torch.from_numpy(truth.masks == entity + 1).float()
+        covered = torch.nn.functional.avg_pool2d(covered[:, None], stride)[:, 0]  # [T, h, w]
+        shares[entity] = torch.cat((covered[:1], covered[1:].unflatten(0, (-1, 4)).mean(1)))
+    shares *= shares > CELL_SHARE
+    labels, places = labels_of(narrative, truth, shares, frames_per_chunk)
     return Encoded(
         latents,
-        torch.stack(cells) if cells else torch.zeros(0, *latents[:, 0].shape, dtype=torch.bool),
+        shares > 0,
+        labels,
+        places,
         prompts,
         [frozenset(narrative.visible(k)) for k in range(chunks)],
         [k for k in range(chunks) if k == 0 or prompts[k] != prompts[k - 1]],
