@@ -24,7 +24,7 @@ from slotmemory.engine import Engine
 from slotmemory.errors import InputError, shorten, unknown
 from slotmemory.layout import Layout
 from slotmemory.memory import build
-from slotmemory.sampler import FewStep, FlowSchedule
+from slotmemory.sampler import Euler, FewStep, FlowSchedule
 
 # what model.json tells, beside the sizes that the weights carry
 SETTINGS = {
@@ -32,7 +32,7 @@ SETTINGS = {
     "width": int,
     "fps": int,
     "shift": int | float,
-    "steps": list,
+    "steps": list | int,  # a few-step list, or a number of Euler steps
     "context_noise": int | float,
     "memory": dict,
 }
@@ -122,11 +122,12 @@ def assemble(backbone: CausalWan, codec: PreviewCodec, words: WordEncoder, setti
         head_dim=config.head_dim,
         text_tokens=config.text_len,
     )
+    steps, schedule = settings["steps"], FlowSchedule(settings["shift"])
     return Engine(
         backbone,
         codec,
         words,
-        FewStep(tuple(settings["steps"]), FlowSchedule(settings["shift"])),
+        Euler(steps, schedule) if isinstance(steps, int) else FewStep(tuple(steps), schedule),
         build("none", layout),
         layout,
         settings["context_noise"],
