@@ -9,6 +9,7 @@ Legend: B batch (independent streams of one script), F latent frames, C channels
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,8 +81,23 @@ class SeededNoise:
             generator.set_state(saved.cpu())  # a state loaded onto an accelerator
 
 
+def _recording_if_asked(method):
+    """Record gradients in a method of a session only where the session is `differentiable` and its caller records."""
+
+    @functools.wraps(method)
+    def run(self, *given):
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            return method(self, *given)
+
+    return run
+
+
 class Session:
     """A stream: call `step` (or iterate) for the next chunk, `prompt` to steer, `save`, `load` and `fork` at will."""
+
+    # training: latents and memory carry gradients to the weights; what a chunk leaves for the next is cut, but for what
+    # a memory makes with weights of its own (training/rollout.py)
+    differentiable = False
 
     def __init__(
         self,
@@ -129,7 +145,7 @@ class Session:
         while not self.done:
             yield self.step()
 
-    @torch.no_grad()
+    @_recording_if_asked
     def step(self) -> Chunk:
         """Make the next chunk."""
         if self.done:
@@ -150,12 +166,13 @@ class Session:
 
             def predict(noisy: Tensor, t: float) -> Tensor:
                 steps = torch.full(shape[:2], t, device=engine.device)
-                return engine.backbone(noisy, steps, now.text, frames, pattern)[0]
+                return engine.backbone(noisy, steps, told.keys, frames, pattern)[0]
 
             def draw() -> Tensor:
                 return self.noise.fresh(shape).to(engine.device)
 
-            latents = engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
+            made = engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
+            latents = made.detach()
             if not bool(torch.isfinite(latents).all()):
                 raise InputError(
                     f"chunk {now.chunk} is not finite with memory '{engine.memory.called()}'; it was dropped"
@@ -181,7 +198,7 @@ class Session:
                 **record(self.state, state, kept, read[layer], layer),
                 "milliseconds": clock.laps,
             }
-            chunk = Chunk(now.chunk, shot, prompt, start, stop, latents, pixels, trace)
+            chunk = Chunk(now.chunk, shot, prompt, start, stop, made, pixels, trace)
             # all of it in one call, so that Ctrl-C falls before it or after it
             vars(self).update(self._past(latents, told), state=kept, decoding=decoding, index=index + 1)
         except BaseException:
@@ -211,7 +228,7 @@ class Session:
             return self.told
         return self._encode(prompt)
 
-    @torch.no_grad()
+    @_recording_if_asked
     def _encode(self, prompt: str) -> Told:
         embeddings, tokens = self.engine.text.encode([prompt] * self.batch)
         return Told(prompt, self.engine.backbone.text_keys(embeddings), tokens)
@@ -220,7 +237,8 @@ class Session:
         shot, _ = self.prompt_at(self.index)
         switched = self.told is not None and told is not self.told
         length = frames or self.engine.layout.frames_per_chunk
-        return Now(self.index, self.frame, length, shot, switched, told.keys, told.tokens)
+        text = [(keys.detach(), values.detach()) for keys, values in told.keys]  # a memory only compares with it
+        return Now(self.index, self.frame, length, shot, switched, text, told.tokens)
 
     def _switch(self, state: State, now: Now) -> State:
         """Let the memory answer a new prompt; replay what it asks for as one clean pass under that prompt."""
@@ -269,6 +287,7 @@ class Session:
             context.append((rotate(keys, *turn), values))
         return context
 
+    @torch.no_grad()
     def _clean_pass(self, latents: Tensor, now: Now, pattern: Pattern) -> Written:
         """Run the model once more on finished latents, at the noise level that contexts have."""
         engine, noise = self.engine, self.engine.context_noise
