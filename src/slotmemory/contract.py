@@ -25,7 +25,7 @@ from slotmemory.backbones.causal_wan import CausalWan, Seen, WanConfig
 from slotmemory.engine import Engine, Text
 from slotmemory.errors import InputError
 from slotmemory.layout import Layout
-from slotmemory.memory import Bank, Memory, Now, State, Written, banks, held_bytes
+from slotmemory.memory import Bank, Memory, Now, Prefix, State, Written, banks, held_bytes
 from slotmemory.sampler import FewStep
 from slotmemory.session import SeededNoise, Session
 from slotmemory.trace import names_of
@@ -97,6 +97,7 @@ def toy(dtype: torch.dtype = torch.float32) -> Engine:
         text_tokens=config.text_len,
     )
     defaults = {"window": 9, "slots": 3, "slot_dim": 8, "tokens_per_slot": 4, "bank": 2, "record_every": 1}
+    networks = {"width": 16, "heads": 2}
     return Engine(
         backbone.to(dtype).eval().requires_grad_(False),
         ToyCodec(),
@@ -104,7 +105,7 @@ def toy(dtype: torch.dtype = torch.float32) -> Engine:
         FewStep((1000, 500)),
         memories.build("none", layout),
         layout,
-        memory_defaults=defaults,
+        memory_defaults=defaults | networks,
     )
 
 
@@ -133,6 +134,7 @@ class Trial:
         defaults = {k: v for k, v in self.engine.memory_defaults.items() if k in known}
         changes = {k: v for k, v in changes.items() if k in known}
         policy = self.policy(self.engine.layout, budget, **{**defaults, **self.options, **changes})
+        policy.adopt(*self.engine.patch)
         return policy.to(self.engine.device).eval().requires_grad_(False)
 
     def session(
@@ -171,6 +173,9 @@ class Watched(Memory):
 
     def attend(self, state: State, now: Now, read: list[list[Bank]], context: list[tuple[Tensor, Tensor]]) -> Any:
         return self.around("attend", self.policy.attend, (state, now, read, context))
+
+    def prefix(self, state: State, written: Written) -> tuple[State, Prefix | None]:
+        return self.around("prefix", self.policy.prefix, (state, written))
 
     def write(self, state: State, written: Written) -> State:
         return self.around("write", self.policy.write, (state, written))
@@ -317,7 +322,7 @@ def keeps_rows_apart(trial: Trial) -> None:
 
 
 def edits_nothing_it_is_given(trial: Trial) -> None:
-    """State in, state out: read, attend, write, update and switch leave their arguments as they were."""
+    """State in, state out: read, attend, prefix, write, update and switch leave their arguments as they were."""
 
     def around(call, method, given):
         # a pattern is the policy's own, made for this chunk
@@ -391,6 +396,7 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
     memory = trial.memory().requires_grad_(True)
     leaves: list[Tensor] = []
     shown: list[Any] = []  # what was read, and what attention inside the policy made of it
+    made: list[Tensor] = []  # tokens handed to the model
     patterns: list[Any] = []
 
     def around(call, method, given):
@@ -404,6 +410,8 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
             found = method(*given)
         if call == "read":
             shown.extend(found)
+        if call == "prefix" and found[1] is not None:
+            made.append(found[1].tokens)
         if call == "attend":
             patterns.append(found)
             return found and watched(found)
@@ -423,7 +431,7 @@ def passes_gradients_to_its_parameters_only(trial: Trial) -> None:
             session.step()
         with torch.enable_grad():
             read = sum((total(part) for part in shown), torch.zeros(()))
-            kept = sum(memory.losses(session.state).values(), torch.zeros(())) + total(session.state)
+            kept = sum(memory.losses(session.state).values(), torch.zeros(())) + total(session.state) + total(made)
         if read.requires_grad:
             reached = torch.autograd.grad(read, leaves, retain_graph=True, allow_unused=True)
             told = f"{trial.name} lets a chunk's gradient reach the keys of earlier chunks"

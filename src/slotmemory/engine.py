@@ -95,6 +95,12 @@ class Engine:
     def dtype(self) -> torch.dtype:
         return self.backbone.dtype
 
+    @property
+    def patch(self) -> tuple[Tensor, Tensor]:
+        """Weight [C, c, 1, ph, pw] and bias [C] of the backbone's patch embedding, as copies in fp32 on the CPU."""
+        embedding = self.backbone.patch_embedding
+        return tuple(x.detach().to("cpu", torch.float32, copy=True) for x in (embedding.weight, embedding.bias))
+
     def session(self, script: Script | dict[int, str] | str, seed: int | Sequence[int] | None = None) -> Session:
         """Open a stream. script: a Script, prompts by the chunk they start at, or one prompt for a live stream.
 

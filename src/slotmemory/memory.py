@@ -147,10 +147,27 @@ class Now:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Tokens that a policy makes itself, to be run once through all layers of the backbone (`Memory.prefix`).
+
+    They are run at noise level 0 under the prompt at hand and see each other and `sees`; they never see what is generated.
+    tokens [B, N, C] in the backbone's width; positions [B or 1, N, 3] (t, h, w), any real numbers; sees: per layer the
+    banks they attend to beside each other (none: only each other); extents [B or 1, N, 3]: how many whole steps of t, h, w
+    a token stands for around its position; its rotary phases are then averaged over them, in the pass and when read.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    sees: Sequence[list[Bank]] = ()
+    extents: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Written:
     """What the clean pass saw of a chunk: per layer a `Seen` (keys, values, hidden, text_query, query), and the latents.
 
     pattern: how the chunk attended (`Memory.attend`), with whatever the pattern noted in the denoising steps.
+    prefix: what `Memory.prefix` asked for, and per layer a `Seen` of its tokens.
     """
 
     now: Now
@@ -158,6 +175,8 @@ class Written:
     positions: Tensor  # [B or 1, N, 3]
     latents: Tensor  # [B, F, C, h, w]
     pattern: Pattern | None = None
+    prefix: Prefix | None = None
+    prefix_layers: Sequence[Any] = ()
 
     @property
     def frames(self) -> int:
@@ -167,6 +186,15 @@ class Written:
         """The chunk's latent frames as items of one layer, cut from the autograd graph (gradients must not leak)."""
         seen = self.layers[layer]
         return Bank.of_frames(seen.keys.detach(), seen.values.detach(), self.positions, self.frames)
+
+    def prefix_bank(self, layer: int, tokens: slice, items: int) -> Bank:
+        """Some of the prefix's tokens as so many items of one layer; gradients reach what made the tokens."""
+        seen, places = self.prefix_layers[layer], self.prefix.positions[:, tokens]
+        bank = Bank.of_frames(seen.keys[:, tokens], seen.values[:, tokens], places, items)
+        if self.prefix.extents is None:
+            return bank
+        first = places - (self.prefix.extents[:, tokens] - 1) / 2  # a cell is born with its first frame
+        return replace(bank, born=first[..., 0].unflatten(1, (items, -1))[..., 0].long().expand_as(bank.born))
 
 
 class Memory(nn.Module):
@@ -189,6 +217,12 @@ class Memory(nn.Module):
     def called(cls) -> str:
         return cls.__module__.rpartition(".")[2]
 
+    def adopt(self, weight: Tensor, bias: Tensor) -> None:
+        """Take what the policy needs of the backbone's patch embedding: weight [C, c, 1, ph, pw] and bias [C], fp32.
+
+        Called once on a new policy, before its own trained weights are loaded. It may keep copies, nothing else.
+        """
+
     def start(self, batch: int) -> State:
         """Return the state of a stream that has seen nothing."""
         return {}
@@ -209,6 +243,14 @@ class Memory(nn.Module):
         is to outlive the chunk must go into the state there.
         """
         return None
+
+    def prefix(self, state: State, written: Written) -> tuple[State, Prefix | None]:
+        """Make tokens of what was written, for the backbone to run; `write` is called next, on the state returned here.
+
+        For policies that encode latents into tokens of their own. The tokens' keys and values are in `written` when
+        `write` is called (`Written.prefix_bank`), to be kept and read as banks.
+        """
+        return state, None
 
     def write(self, state: State, written: Written) -> State:
         """Take in what the clean pass saw."""

@@ -12,18 +12,18 @@ import copy
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from slotmemory.backbones.attention import Buffered, Pattern
-from slotmemory.backbones.causal_wan import TextKeys
-from slotmemory.backbones.rope import grid_positions, rotate, rotation
+from slotmemory.backbones.causal_wan import Seen, TextKeys
+from slotmemory.backbones.rope import averaging, grid_positions, rotate, rotation
 from slotmemory.codecs.base import to_uint8
 from slotmemory.errors import InputError
-from slotmemory.memory import Bank, Now, State, Written, from_plain, to_plain
+from slotmemory.memory import Bank, Now, Prefix, State, Written, from_plain, to_plain
 from slotmemory.sampler import add_noise
 from slotmemory.trace import record
 
@@ -180,7 +180,7 @@ class Session:
             clock.lap("denoise")
             written = self._clean_pass(latents, now, pattern)
             clock.lap("clean")
-            kept = engine.memory.update(engine.memory.write(state, written), written)
+            kept = self._kept(state, written)
             clock.lap("write")
             video, decoding = engine.codec.push(latents.to(engine.codec.dtype), self.decoding)
             pixels = to_uint8(video)
@@ -216,7 +216,7 @@ class Session:
             now = self._now(told, frames=part.shape[1])
             pattern = self._pattern(self.state, now, self._read(self.state, now))
             written = self._clean_pass(part, now, pattern)
-            state = self.engine.memory.update(self.engine.memory.write(self.state, written), written)
+            state = self._kept(self.state, written)
             vars(self).update(self._past(part, told), state=state)
 
     # parts of a step
@@ -248,7 +248,7 @@ class Session:
             past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens, replay=True)
             pattern = self._pattern(state, past, self._read(state, past))
             written = self._clean_pass(self.recent[:, -replay:], past, pattern)
-            state = memory.update(memory.write(state, written), written)
+            state = self._kept(state, written)
         return state
 
     def _read(self, state: State, now: Now) -> list[list[Bank]]:
@@ -299,6 +299,36 @@ class Session:
         steps = torch.full(latents.shape[:2], noise * 1000, device=engine.device)
         _, seen = engine.backbone(latents_in, steps, now.text, frames, pattern)
         return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents, pattern)
+
+    def _kept(self, state: State, written: Written) -> State:
+        """Let the memory take in a chunk; tokens that it makes itself run through the model first."""
+        memory = self.engine.memory
+        state, prefix = memory.prefix(state, written)
+        if prefix is not None:
+            written = replace(written, prefix=prefix, prefix_layers=self._prefix_pass(prefix, written.now))
+        return memory.update(memory.write(state, written), written)
+
+    def _prefix_pass(self, prefix: Prefix, now: Now) -> list[Seen]:
+        """Run a memory's own tokens through all layers, as one latent frame without noise."""
+        engine, shape = self.engine, prefix.tokens.shape
+        if len(shape) != 3 or (shape[0], shape[2]) != (self.batch, engine.layout.model_width):
+            raise InputError(
+                f"memory '{engine.memory.called()}' made prefix tokens of shape {tuple(shape)} at chunk {now.chunk}; "
+                f"expected [{self.batch}, N, {engine.layout.model_width}]"
+            )
+        cos, sin = rotation(prefix.positions, engine.layout.head_dim)
+        shorter = None
+        if prefix.extents is not None:
+            shorter = averaging(prefix.extents, engine.layout.head_dim)
+            cos, sin = cos * shorter, sin * shorter
+        steps = torch.zeros(self.batch, 1, device=engine.device)
+        pattern = Buffered(self._rotated(prefix.sees or [[]] * engine.layout.layers))
+        tokens = prefix.tokens.to(engine.dtype)[:, None]
+        _, _, seen = engine.backbone.run(tokens, steps, now.text, (cos, sin), pattern)
+        if shorter is not None:  # the factor stays with the key: a policy may move it to another position
+            factor = shorter.repeat_interleave(2, -1).unsqueeze(-2)
+            seen = [layer._replace(keys=(layer.keys.float() * factor).to(layer.keys.dtype)) for layer in seen]
+        return seen
 
     def _past(self, latents: Tensor, told: Told) -> dict[str, Any]:
         """What the session remembers of latents once they are made."""

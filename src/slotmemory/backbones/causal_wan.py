@@ -242,11 +242,20 @@ class CausalWan(nn.Module):
         """
         x, grid = self.patchify(latents.to(self.dtype))
         turn = rotation(grid_positions(frames.reshape(-1, latents.shape[1]), *grid), self.config.head_dim)
+        x, embedded, seen = self.run(x, timesteps, text, turn, pattern or Dense())
+        return self.unpatchify(self.head(x, embedded), grid).to(latents.dtype), seen
+
+    def run(
+        self, x: Tensor, timesteps: Tensor, text: TextKeys, turn: tuple[Tensor, Tensor], pattern: Pattern
+    ) -> tuple[Tensor, Tensor, list[Seen]]:
+        """Run tokens x [B, F, n, dim], wherever they come from, through all layers -> x, embedded timesteps, what was seen.
+
+        turn: `rope.rotation` of their positions [B or 1, F n, 3]; timesteps [B, F] and text as in `forward`.
+        """
         embedded = self.embed_time(timesteps)
         modulation = self.time_projection(embedded).unflatten(-1, (6, -1))
-        pattern = pattern or Dense()
         seen = []
         for layer, block in enumerate(self.blocks):
             x, saw = block(x, modulation, text[layer], turn, pattern, layer)
             seen.append(saw)
-        return self.unpatchify(self.head(x, embedded), grid).to(latents.dtype), seen
+        return x, embedded, seen

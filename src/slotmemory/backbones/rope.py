@@ -35,6 +35,21 @@ def rotation(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
+def averaging(extents: Tensor, head_dim: int) -> Tensor:
+    """Say how much shorter a cell's mean phase is than one phase: extents [..., N, 3] -> fp32 [..., N, D/2] in (0, 1].
+
+    extents: how many whole steps of t, h, w a token stands for. The mean of exp(i a x) over n consecutive x is the phase
+    in their middle times sin(n a / 2) / (n sin(a / 2)), so a packed token (FramePack, arXiv 2504.12626) is a position and
+    this factor.
+    """
+    parts = []
+    for axis, dim in enumerate(axis_dims(head_dim)):
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=extents.device) / max(dim, 1)
+        half, count = THETA**-exponent / 2, extents[..., axis, None].to(torch.float64)
+        parts.append((count * half).sin() / (count * half.sin()))
+    return torch.cat(parts, dim=-1).float()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, N, H, D] by cos / sin [B or 1, N, D/2]; computed in fp32, returned in x's dtype."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
