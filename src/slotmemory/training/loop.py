@@ -76,8 +76,26 @@ class Objective(ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Pick weights for treatment of their own: [{"names": [...], "optimizer": "adamw" | "muon", "scale": 1.0}].
 
-        Names are "<module>.<parameter>"; weights not named get Muon if they are matrices, else AdamW."""
+        Names are "<module>.<parameter>"; weights not named get Muon if they are matrices, else AdamW. A group with a
+        "clip" has its gradient clipped by its own norm, apart from the others."""
         return []
+
+    def trains(self, step: int) -> frozenset[str] | None:
+        """Name the modules that a step trains (None: all); the others keep weights, momenta and average."""
+        return None
+
+    def about(self) -> str:
+        """Say which batch the last loss was of, for a complaint about it."""
+        return ""
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what outlives a step beside weights, as a plain tree of tensors, numbers and text; None: nothing.
+
+        Kept in the checkpoint and given back by `resume` on rank 0; the other ranks start it anew."""
+        return None
+
+    def resume(self, state: dict[str, Any]) -> None:  # noqa: B027 (may stay empty)
+        """Go on from what `state` returned when the checkpoint was written; called once the weights are back."""
 
     def running(self) -> list[Tensor]:
         """List running statistics that the loop averages over the ranks after every step."""
@@ -110,15 +128,25 @@ class _Bound(nn.Module):
         return getattr(self.module, self.method)(*args, **kwargs)
 
 
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Cast the fp32 parameters of `module` to `dtype` by name; gradients arrive at the fp32 ones."""
+    return {
+        name: parameter.to(dtype) if parameter.is_floating_point() else parameter
+        for name, parameter in module.named_parameters()
+    }
+
+
+def call_with(module: nn.Module, weights: Mapping[str, Tensor], *args: Any, method: str = "forward", **kwargs: Any):
+    """Call a method of `module` with other tensors in place of its parameters."""
+    named = {f"module.{name}": tensor for name, tensor in weights.items()}
+    return torch.func.functional_call(_Bound(module, method), named, args, kwargs)
+
+
 def cast_call(module: nn.Module, dtype: torch.dtype, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
     """Call a method of `module` with its fp32 parameters cast to `dtype`; gradients arrive at the fp32 ones.
 
     Buffers keep their dtype; the caller casts the inputs."""
-    cast = {
-        f"module.{name}": parameter.to(dtype) if parameter.is_floating_point() else parameter
-        for name, parameter in module.named_parameters()
-    }
-    return torch.func.functional_call(_Bound(module, method), cast, args, kwargs)
+    return call_with(module, cast_weights(module, dtype), *args, method=method, **kwargs)
 
 
 def generator_for(seed: int, step: int, rank: int) -> torch.Generator:
@@ -143,6 +171,26 @@ def rate_factor(recipe: Recipe, step: int, minutes: float) -> float:
     else:
         left = 1.0 - step / max(1, recipe.steps)
     return warm * (min(1.0, max(0.0, left / optimizer.decay)) if optimizer.decay else 1.0)
+
+
+def average_decay(recipe: Recipe, step: int) -> float:
+    """Weight of the past in the weight average after `step` (from 0).
+
+    From the first step the average starts short and lengthens, so that first weights do not linger in it; where it
+    begins later (`ema_from`), it follows the weights until then."""
+    if recipe.ema_from:
+        return recipe.ema if step >= recipe.ema_from else 0.0
+    return min(recipe.ema, (1 + step) / (10 + step))
+
+
+def clip_gradient(pieces: Mapping[str, Tensor], own: list[tuple[float, list[str]]], limit: float) -> None:
+    """Scale gradients in place to norms of at most `limit`; groups in `own` (limit, names) by their own norm."""
+    left = dict(pieces)
+    parts = [(most, [left.pop(name) for name in names if name in left]) for most, names in own]
+    for most, part in (*parts, (limit, list(left.values()))):
+        if part:
+            norm = torch.stack([piece.norm() for piece in part]).norm()
+            torch._foreach_mul_(part, min(1.0, most / max(float(norm), 1e-12)))
 
 
 def build_optimizers(objective: Objective, parameters: Mapping[str, nn.Parameter], recipe: Recipe):
@@ -231,6 +279,8 @@ class _Trainer:
             if parameter.requires_grad
         }
         self.optimizers = build_optimizers(self.objective, self.parameters, recipe)
+        groups = self.objective.parameter_groups()
+        self.clips = [(group["clip"], group["names"]) for group in groups if "clip" in group]
         self.ema = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
         self.step = 0
         self.minutes = 0.0
@@ -246,15 +296,16 @@ class _Trainer:
         values = [loss.detach(), *(terms[name].detach() for name in names[1:])]
         lead = float(self.rank == 0) * self.recipe.processes
         signals = torch.tensor([minutes() * lead, float(stopped.is_set()) * lead])
-        running = self.objective.running()
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
+        running, trained = self.objective.running(), self.objective.trains(self.step)
+        parameters = {k: p for k, p in self.parameters.items() if trained is None or k.partition(".")[0] in trained}
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
         size = sum(part.numel() for part in parts)
         parts += [*running, *values, signals]
         flat = torch.cat([part.reshape(-1).to(self.context.device, torch.float32) for part in parts])
         if self.recipe.processes > 1:
             dist.all_reduce(flat)
             flat /= self.recipe.processes
-        pieces = iter(flat[size:].split([part.numel() for part in parts[len(self.parameters) :]]))
+        pieces = iter(flat[size:].split([part.numel() for part in parts[len(parameters) :]]))
         for statistic in running:
             statistic.copy_(next(pieces).view_as(statistic))
         logged = {name: float(next(pieces)) for name in names}
@@ -264,16 +315,23 @@ class _Trainer:
         norm = float(gradient.norm())
         for name, value in {**dict(sorted(logged.items(), key=lambda x: x[0] == "loss")), "gradient": norm}.items():
             if not math.isfinite(value):
+                batch = self.objective.about()
                 raise TrainingError(
-                    f"{name} is {value} in step {self.step + 1}; stopped before its optimizer step, "
-                    f"the last checkpoint in {self.folder} is untouched"
+                    f"{name} is {value} in step {self.step + 1}{f' ({batch})' if batch else ''}; stopped before its "
+                    f"optimizer step, the last checkpoint in {self.folder} is untouched"
                 )
-        gradient.mul_(min(1.0, self.recipe.optimizer.clip / max(norm, 1e-12)))
-        pieces = iter(gradient.split([p.numel() for p in self.parameters.values()]))
-        for parameter in self.parameters.values():
+        pieces = dict(zip(parameters, gradient.split([p.numel() for p in parameters.values()])))
+        if self.clips:
+            clip_gradient(pieces, self.clips, self.recipe.optimizer.clip)
+        else:
+            gradient.mul_(min(1.0, self.recipe.optimizer.clip / max(norm, 1e-12)))
+        for name, parameter in self.parameters.items():
+            if name not in pieces:  # a weight without a gradient is left alone; one of zeros is moved by its momentum
+                parameter.grad = None
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.copy_(next(pieces).view_as(parameter))
+            parameter.grad.copy_(pieces[name].view_as(parameter))
 
         factor = rate_factor(self.recipe, self.step, self.minutes)
         for optimizer in self.optimizers:
@@ -281,15 +339,15 @@ class _Trainer:
                 group["lr"] = group["rate"] * factor
                 for matrix in group["params"]:
                     if hasattr(matrix, "parameter"):
-                        matrix.grad = matrix.parameter.grad.permute(0, 2, 3, 1).flatten(1)
+                        grad = matrix.parameter.grad
+                        matrix.grad = None if grad is None else grad.permute(0, 2, 3, 1).flatten(1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         for parameter in self.parameters.values():
             parameter.grad = None
-        # The average starts short and lengthens, so that first weights do not linger in it.
-        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        decay = average_decay(self.recipe, self.step)
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1.0 - decay)
+            torch._foreach_lerp_([self.ema[name] for name in parameters], list(parameters.values()), 1.0 - decay)
         self.step += 1
         return {**logged, "rate": factor, "gradient": norm}, wants_stop > 0.5
 
@@ -319,6 +377,7 @@ class _Trainer:
             "weights": {name: module.state_dict() for name, module in self.modules.items()},
             "ema": self.ema,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "objective": self.objective.state(),
         }
         with partial.open("wb") as file:
             torch.save(state, file)
@@ -373,6 +432,8 @@ class _Trainer:
                 for group, new in zip(optimizer.param_groups, fresh):
                     group.update({key: value for key, value in new.items() if key != "params"})
             self.step, self.minutes = state["step"], state["minutes"]
+            if state.get("objective") is not None and self.rank == 0:
+                self.objective.resume(state["objective"])
             return True
         if paths:
             raise InputError(f"no checkpoint in {folder} can be read; delete the folder to start anew")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ class Recipe(Frozen):
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     ema: float = Field(0.999, ge=0, lt=1)
+    ema_from: int = Field(0, ge=0, description="step from which weights are averaged; 0: from the first, lengthening")
     optimizer: Optimizer = Optimizer()
     checkpoint_minutes: float = Field(5.0, gt=0)
     checkpoint_steps: int | None = Field(None, ge=1, description="also after every so many steps")
@@ -103,7 +105,7 @@ def find_objective(name: str) -> ModuleType:
 def objectives() -> list[str]:
     """Names of the objectives in this package: the files that define a class Objective of their own."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return [f.stem for f in files if "\nclass Objective(loop.Objective)" in f.read_text(encoding="utf-8")]
+    return [f.stem for f in files if re.search(r"^class Objective\(\w+\.Objective\)", f.read_text("utf-8"), re.M)]
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
