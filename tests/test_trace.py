@@ -78,7 +78,8 @@ def test_a_stream_of_records_is_plain_values_and_follows_every_item_from_writing
         ids = [item["id"] for item in trace["items"]]
         assert len(set(ids)) == len(ids) and alive <= set(ids)
         fresh = [item for item in trace["items"] if item["id"] not in alive]
-        assert all(item["born"] // frames == chunk.index and not item["read"] for item in fresh)
+        # an item may have come from another bank, as packed anew: born earlier
+        assert all(item["born"] // frames <= chunk.index and not item["read"] for item in fresh)
         assert sum(item["tokens"] for item in fresh) == trace["written"]
         assert sum(item["tokens"] for item in trace["items"] if item["read"]) == sum(trace["read"].values())
         alive = set(ids) - set(trace["evicted"])

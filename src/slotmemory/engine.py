@@ -45,7 +45,9 @@ class Engine:
     memory: Memory
     layout: Layout
     context_noise: float = 0.0
-    memory_defaults: Mapping[str, Any] = field(default_factory=dict)  # memory arguments the model was trained for
+    # memory arguments the model was trained for; under "for", by policy, what holds for one policy alone
+    memory_defaults: Mapping[str, Any] = field(default_factory=dict)
+    memory_weights: Mapping[str, Path] = field(default_factory=dict)  # files that came with the model, by policy
 
     @classmethod
     def from_pretrained(
@@ -72,14 +74,41 @@ class Engine:
         return engine.with_memory(memory, budget, **options)
 
     def with_memory(self, name: str, budget: int | None = None, **options: Any) -> Engine:
-        """Return the same engine with another memory; weights are shared."""
-        policy = memories.build(name, self.layout, budget, **self.defaults_for(name, options))
+        """Return the same engine with another memory; weights are shared.
+
+        A policy with weights of its own gets those that came with the model (`memory.<name>.safetensors` in its folder),
+        or those of a file given as `weights=PATH`; `weights=none` leaves it untrained.
+        """
+        from slotmemory.models import fill_memory
+
+        arguments = self.defaults_for(name, options)
+        policy = memories.build(name, self.layout, budget, **arguments)
+        policy.adopt(*self.patch)
+        trained = self.weights_for(name, arguments)
+        if trained is not None:
+            fill_memory(policy, trained, arguments)
         return replace(self, memory=policy.to(self.device).eval().requires_grad_(False))
 
     def defaults_for(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """The memory arguments that the loaded model was trained for, where the policy has them and none were given."""
         known = memories.arguments(memories.find(name))
-        return {k: v for k, v in self.memory_defaults.items() if k in known} | options
+        own = self.memory_defaults.get("for", {}).get(name, {})  # no argument can be called `for`
+        found = {k: v for k, v in self.memory_defaults.items() if k in known} | own
+        trained = self.weights_for(name, options)
+        if trained is not None:
+            from slotmemory.models import memory_arguments
+
+            found |= memory_arguments(trained)
+        if trained is not None and options.get("weights"):
+            options = {**options, "weights": str(trained)}  # a recipe is read from any working directory
+        return found | options
+
+    def weights_for(self, name: str, options: Mapping[str, Any]) -> Path | None:
+        """Find a policy's trained weights: what the argument `weights` says, else what came with the model."""
+        given = options.get("weights")
+        if given == "none":
+            return None
+        return Path(given).resolve() if given else self.memory_weights.get(memories.find(name).called())
 
     def with_steps(self, steps: Sequence[int] | int) -> Engine:
         schedule = self.sampler.schedule

@@ -1,12 +1,14 @@
 """Models by name: which files make an engine, and the settings a model was trained for.
 
 A model is a folder: model.json (settings), transformer.safetensors, words.safetensors, codec.safetensors, each carrying
-its own sizes. The embedded one, `tiny`, is a folder of the package.
+its own sizes, and for memories with weights of their own memory.<name>.safetensors, carrying the arguments they were
+trained with. The embedded one, `tiny`, is a folder of the package.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +25,7 @@ from slotmemory.codecs.words import WordEncoder
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError, shorten, unknown
 from slotmemory.layout import Layout
-from slotmemory.memory import build
+from slotmemory.memory import Memory, build
 from slotmemory.sampler import Euler, FewStep, FlowSchedule
 
 # what model.json tells, beside the sizes that the weights carry
@@ -89,6 +91,24 @@ def load_module(module_of, path: Path) -> nn.Module:
     return module
 
 
+def memory_arguments(path: Path) -> dict[str, Any]:
+    """The arguments that a memory's weights were trained with."""
+    return read_metadata_json(read_tensors(path)[1], "config", path)
+
+
+def fill_memory(policy: Memory, path: Path, arguments: dict[str, Any]) -> None:
+    """Load a policy's trained weights; InputError where they were trained with other arguments than these."""
+    tensors, metadata = read_tensors(path)
+    for name, value in read_metadata_json(metadata, "config", path).items():
+        if arguments.get(name, value) != value:
+            raise InputError(
+                f"memory '{policy.called()}': {name}={arguments[name]!r}, but {path} was trained with {name}={value!r}; "
+                "leave it out, or give weights=none for untrained ones"
+            )
+    check_tensors(tensors, policy.state_dict(), path)
+    policy.load_state_dict(tensors)
+
+
 def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Engine:
     """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one."""
     folder = folder_of(name)
@@ -105,7 +125,9 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> E
     # a few words per prompt cost nothing, and stay exact
     words = load_module(lambda values: WordEncoder(**values), folder / "words.safetensors")
     codec = ready(PreviewCodec.load(folder / "codec.safetensors"), dtype)
-    return assemble(ready(backbone, dtype), codec, ready(words, torch.float32), settings)
+    engine = assemble(ready(backbone, dtype), codec, ready(words, torch.float32), settings)
+    files = {path.name.split(".")[1]: path for path in folder.glob("memory.*.safetensors")}
+    return replace(engine, memory_weights=files)
 
 
 def assemble(backbone: CausalWan, codec: PreviewCodec, words: WordEncoder, settings: dict[str, Any]) -> Engine:

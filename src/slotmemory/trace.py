@@ -27,12 +27,13 @@ def record(before: State, shown: State, after: State, read: list[Bank], layer: i
     with; after: the state once the chunk was written; read: what `Memory.read` returned for this layer.
     """
     had, has, could = items(before, layer), items(after, layer), items(shown, layer)
-    seen = {item for bank in read for item in names_of(bank)}
-    kinds = {(born, owner): name for name, born, owner in could}
+    # two banks may hold items of the same frame; they differ in size
+    seen = {(*item, bank.keys.shape[2]) for bank in read for item in names_of(bank)}
+    kinds = {(born, owner, bank.keys.shape[2]): name for (name, born, owner), (bank, _) in could.items()}
     tokens: dict[str, int] = {}
     for bank in read:
         for item in names_of(bank):
-            kind = kinds.get(item, "made")  # a policy may read what it does not hold
+            kind = kinds.get((*item, bank.keys.shape[2]), "made")  # a policy may read what it does not hold
             tokens[kind] = tokens.get(kind, 0) + bank.keys.shape[2]
     listed = []
     for key, (bank, i) in {**had, **has}.items():
@@ -45,7 +46,7 @@ def record(before: State, shown: State, after: State, read: list[Bank], layer: i
                 "owner": owner,
                 "score": round(float(bank.score[0, i].detach()), 4),
                 "tokens": bank.keys.shape[2],
-                "read": key in could and (born, owner) in seen,
+                "read": key in could and (born, owner, bank.keys.shape[2]) in seen,
             }
         )
     return {
