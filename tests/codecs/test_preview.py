@@ -22,7 +22,7 @@ CONFIGS = {
     "patch4": SMALL,
     "direct": replace(SMALL, direct=True),
     "patch1": replace(SMALL, patch=1, space=(True, True, True)),
-    "normed": replace(SMALL, direct=True, normed=True),
+    "plain": replace(SMALL, direct=True, plain=True),
     "grown-early": replace(SMALL, time=(True, True, False)),
 }
 TOLERANCE = 1e-5  # another batch size may pick another convolution algorithm

@@ -21,7 +21,7 @@ def objective(tmp_path_factory):
             blocks=(1, 1, 1),
             space=(True, False, False),
             direct=True,
-            normed=True,
+            plain=True,
         )
     ).save(path)
     options = flow.Options(codec=str(path), dim=32, ffn_dim=64, heads=2, layers=2, text_dim=16, freq_dim=16, pool=2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
@@ -39,9 +39,10 @@ class PreviewConfig:
     encoder_channels: width of encoder stages 0..2; decoder_channels: widths of decoder stages 0..2 and of the head.
     blocks: memory blocks per stage, one number or one per decoder stage (the encoder mirrors it).
     encoder_channels=() leaves the encoder to the direct map alone: latents are then fixed before the decoder is trained.
+    group: frames that the decoder's head writes at once; 1 in TAEHV. What it leaves of the time stride is for `time`.
     direct: beside the convolutions, a linear map between a latent cell and the 4 frames x 8 x 8 pixels it stands for
     (not in TAEHV): started as principal components, it lets a codec learn in minutes what else takes hours.
-    normed: NormedMemBlock in place of TAEHV's MemBlock.
+    plain: PlainMemBlock in place of TAEHV's MemBlock.
     """
 
     image_channels: int = 3
@@ -52,8 +53,9 @@ class PreviewConfig:
     blocks: tuple[int, ...] = (3, 3, 3)
     space: tuple[bool, ...] = (True, True, True)
     time: tuple[bool, ...] = (False, True, True)
+    group: int = 1
     direct: bool = False
-    normed: bool = False
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.blocks, int):
@@ -75,11 +77,13 @@ class PreviewConfig:
                 f"patch={self.patch} with space={self.space} has a stride of {space} pixels per latent cell, expected "
                 f"{SPACE_STRIDE}; use patch 1, 2, 4 or 8 with 3, 2, 1 or 0 doublings"
             )
-        if 2 ** sum(self.time) != TIME_STRIDE:
+        if self.group * 2 ** sum(self.time) != TIME_STRIDE:
             raise InputError(
-                f"time={self.time} has a stride of {2 ** sum(self.time)} frames per latent frame, expected "
-                f"{TIME_STRIDE}; use exactly two doublings"
+                f"time={self.time} with group={self.group} has a stride of {self.group * 2 ** sum(self.time)} frames per "
+                f"latent frame, expected {TIME_STRIDE}; use group 1, 2 or 4 with two, one or no doublings"
             )
+        if self.group > 1 and self.encoder_channels:
+            raise InputError(f"group={self.group} is for a decoder over fixed latents; leave encoder_channels empty")
 
     @classmethod
     def wan(cls) -> PreviewConfig:
@@ -88,16 +92,18 @@ class PreviewConfig:
 
     @classmethod
     def tiny(cls) -> PreviewConfig:
-        """The sizes of the embedded model: most weights sit on the latent grid, where a frame costs least."""
+        """The sizes of the embedded model: all weights sit where a latent frame costs least, before it becomes frames."""
         return cls(
             patch=4,
             latent_channels=32,
             encoder_channels=(),
-            decoder_channels=(160, 96, 64, 64),
-            blocks=(3, 3, 1),
+            decoder_channels=(256, 128, 128, 128),
+            blocks=(3, 1, 1),
             space=(True, False, False),
+            time=(False, False, False),
+            group=4,
             direct=True,
-            normed=True,
+            plain=True,
         )
 
     @classmethod
@@ -140,20 +146,18 @@ class MemBlock(nn.Module):
         return F.relu(self.conv(torch.cat([x, past], 1)) + self.skip(x))
 
 
-class NormedMemBlock(MemBlock):
-    """The same role with normalised inputs and an untouched residual path (not in TAEHV).
+class PlainMemBlock(MemBlock):
+    """The same role with an untouched residual path that starts as the identity (not in TAEHV).
 
     TAEHV's block rectifies its residual path; trained from scratch for minutes at a high rate, most channels die.
     """
 
     def __init__(self, channels: int) -> None:
         nn.Module.__init__(self)
-        self.norm1, self.norm2 = nn.GroupNorm(8, 2 * channels), nn.GroupNorm(8, channels)
         self.conv1, self.conv2 = conv(2 * channels, channels), conv(channels, channels)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(torch.cat([x, past], 1))))
-        return x + self.conv2(F.silu(self.norm2(hidden)))
+        return x + self.conv2(F.silu(self.conv1(F.silu(torch.cat([x, past], 1)))))
 
 
 class TPool(nn.Module):
@@ -223,9 +227,9 @@ class PreviewCodec(nn.Module):
         pixels = config.image_channels * config.patch**2
 
         def block(channels: int) -> MemBlock:
-            return NormedMemBlock(channels) if config.normed else MemBlock(channels, channels)
+            return PlainMemBlock(channels) if config.plain else MemBlock(channels, channels)
 
-        first = nn.SiLU if config.normed else nn.ReLU
+        first = nn.SiLU if config.plain else nn.ReLU
         layers: list[nn.Module] = []
         if config.encoder_channels:
             widths = (config.encoder_channels[0], *config.encoder_channels)
@@ -245,8 +249,7 @@ class PreviewCodec(nn.Module):
             layers += [block(widths[stage]) for _ in range(config.blocks[stage])]
             layers += [nn.Upsample(scale_factor=1 + config.space[stage]), TGrow(widths[stage], 1 + config.time[stage])]
             layers += [conv(widths[stage], widths[stage + 1], bias=False)]
-        last = [nn.GroupNorm(8, widths[-1]), nn.SiLU()] if config.normed else [nn.ReLU()]
-        self.decoder = nn.Sequential(*layers, *last, conv(widths[-1], pixels))
+        self.decoder = nn.Sequential(*layers, first(), conv(widths[-1], pixels * config.group))
         if config.direct:
             cell = config.image_channels * SPACE_STRIDE**2 * TIME_STRIDE
             self.direct_in = nn.Linear(cell, config.latent_channels)
@@ -348,7 +351,7 @@ class PreviewCodec(nn.Module):
             return latents.new_zeros(shape, dtype=torch.float32), state
         raw = self.denormalise(latents).to(self.dtype)
         video, past = run(self.decoder, raw, state["decoder"])
-        video = F.pixel_shuffle(video, self.config.patch)
+        video = F.pixel_shuffle(video.unflatten(2, (self.config.group, -1)).flatten(1, 2), self.config.patch)
         if self.config.direct:
             cells = self.direct_out(raw.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
             video = video + F.pixel_shuffle(cells, SPACE_STRIDE).unflatten(2, (TIME_STRIDE, -1)).flatten(1, 2)
@@ -415,6 +418,22 @@ class PreviewCodec(nn.Module):
         codec = cls(config)
         check_tensors(tensors, codec.state_dict(), path)
         codec.load_state_dict(tensors)
+        return codec
+
+    @classmethod
+    def of_taehv(cls, tensors: Mapping[str, Tensor], path: str | Path) -> PreviewCodec:
+        """Take the tensors of taew2_1 (TAEHV for Wan 2.1) as they are published; its latents are the normalised ones.
+
+        Layers that could split a frame in time and are not asked to keep the rows of the last frame, as TAEHV does."""
+        codec = cls(PreviewConfig.wan())
+        expected = {k: v for k, v in codec.state_dict().items() if not k.startswith("latent_")}
+        fitted = dict(tensors)
+        for index, layer in enumerate(codec.decoder):
+            name = f"decoder.{index}.conv.weight"
+            if isinstance(layer, TGrow) and name in fitted:
+                fitted[name] = fitted[name][-expected[name].shape[0] :]
+        check_tensors(fitted, expected, path)
+        codec.load_state_dict(fitted, strict=False)
         return codec
 
     def _check_video(self, video: Tensor) -> None:

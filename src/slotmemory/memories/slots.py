@@ -168,7 +168,8 @@ class Slots(Sink):
         return {**state, "slots": [a.join(b) for a, b in zip(old, new)] if old else new}
 
     def _records(self, now: Now) -> bool:
-        return now.chunk % self.record_every == 0 and (self.record_first or self.sink == 0 or now.chunk > 0)
+        chunk = now.frame // self.layout.frames_per_chunk  # counts a given past too, which has no chunk numbers
+        return chunk % self.record_every == 0 and (self.record_first or self.sink == 0 or chunk > 0)
 
     def _items(self, written: Written, layer: int, indices: Tensor, bound: Tensor, mass: Tensor) -> Bank:
         """Gather each slot's tokens as one item: indices [B, S, R], bound [B, S, C], mass [B, S]."""

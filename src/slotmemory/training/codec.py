@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from slotmemory.codecs.base import num_latents, to_float, to_uint8
 from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
+from slotmemory.errors import InputError
 from slotmemory.training import loop
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import chunk_frames
@@ -38,14 +39,16 @@ class Sizes(Frozen):
     blocks: tuple[int, ...] = PreviewConfig.tiny().blocks
     space: tuple[bool, ...] = PreviewConfig.tiny().space
     time: tuple[bool, ...] = PreviewConfig.tiny().time
+    group: int = PreviewConfig.tiny().group
     direct: bool = PreviewConfig.tiny().direct
-    normed: bool = PreviewConfig.tiny().normed
+    plain: bool = PreviewConfig.tiny().plain
 
 
 class Options(Frozen):
     """What the codec objective may be told."""
 
     sizes: Sizes = Sizes()
+    latents: str = Field("", description="codec file whose direct map and statistics to take over; else principal components")
     data: Literal["narrative", "toy"] = "narrative"
     frames: int = Field(21, ge=1, description="pixel frames per clip, 4 n + 1")
     seconds: float = Field(16.0, gt=0, description="length of the narrative that a clip is cut from")
@@ -92,13 +95,14 @@ class NarrativeClips:
 
     def _cut(self, narrative: Narrative, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         frames, roll = self.options.frames, rng.random()
-        span = narrative.frames - frames
+        span = (narrative.frames - frames) // 4 * 4
         first = int(rng.integers(span + 1))
         cuts = [chunk_frames(shot.start_chunk).start for shot in narrative.shots[1:]]
         if roll < self.options.at_cuts and cuts:
             first = int(np.clip(rng.choice(cuts) - rng.integers(1, frames), 0, span))
         if roll > 1 - self.options.still:
             return tuple(x.expand(frames, *x.shape[1:]) for x in _read(narrative, first, first + 1))
+        first -= first % 4  # latent frames begin where the world's shots and steps do, as in a stream
         return _read(narrative, first, first + frames)
 
 
@@ -181,9 +185,19 @@ class Objective(loop.Objective):
         self.clips: Clips = {"narrative": NarrativeClips, "toy": ToyClips}[options.data](options)
         self.codec.calibrate(to_float(self.clips.batch(loop.seed_for(context.seed), options.calibration_clips)[0]))
         self.fixed = not len(self.codec.encoder)  # latents are what they are; only the decoder learns
+        if options.latents:
+            self._take_latents(PreviewCodec.load(options.latents))
         if self.fixed:
             self.codec.direct_in.requires_grad_(False)
         self._held_out: tuple[Tensor, Tensor] | None = None
+
+    def _take_latents(self, other: PreviewCodec) -> None:
+        """Mean by latents what another codec means by them, so that transformers trained on its latents stay valid."""
+        if not (self.fixed and other.config.direct and not len(other.encoder)):
+            raise InputError(f"latents={self.options.latents}: only fixed, direct latents can be taken over")
+        theirs = other.state_dict()
+        same = {name: tensor for name, tensor in theirs.items() if name.startswith(("direct_", "latent_"))}
+        self.codec.load_state_dict({**self.codec.state_dict(), **same})
 
     def modules(self) -> dict[str, nn.Module]:
         return {"codec": self.codec}
