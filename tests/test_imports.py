@@ -16,8 +16,8 @@ LAYERS = [
     {"layout", "tree", "script", "config", "video", "pictures", "world"},
     {"memory"},
     {"memories", "slots", "backbones", "codecs"},
-    {"sampler", "trace", "engine", "session", "run", "models"},
-    {"training", "evaluation", "server", "contract"},
+    {"sampler", "trace", "guard", "engine", "session", "run", "models"},
+    {"training", "evaluation", "server", "contract", "bench"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -23,6 +23,7 @@ from slotmemory.backbones.causal_wan import Seen, TextKeys
 from slotmemory.backbones.rope import averaging, grid_positions, rotate, rotation
 from slotmemory.codecs.base import to_uint8
 from slotmemory.errors import InputError
+from slotmemory.guard import Watch, not_finite
 from slotmemory.memory import Bank, Now, Prefix, State, Written, from_plain, to_plain
 from slotmemory.sampler import add_noise
 from slotmemory.trace import record
@@ -174,9 +175,7 @@ class Session:
             made = engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
             latents = made.detach()
             if not bool(torch.isfinite(latents).all()):
-                raise InputError(
-                    f"chunk {now.chunk} is not finite with memory '{engine.memory.called()}'; it was dropped"
-                )
+                raise not_finite(engine.memory, now, read)
             clock.lap("denoise")
             written = self._clean_pass(latents, now, pattern)
             clock.lap("clean")
@@ -243,7 +242,8 @@ class Session:
     def _switch(self, state: State, now: Now) -> State:
         """Let the memory answer a new prompt; replay what it asks for as one clean pass under that prompt."""
         memory = self.engine.memory
-        state, replay = memory.switch(state, now)
+        with Watch(memory, "switch", now, state=state):
+            state, replay = memory.switch(state, now)
         if replay:
             past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens, replay=True)
             pattern = self._pattern(state, past, self._read(state, past))
@@ -253,21 +253,18 @@ class Session:
 
     def _read(self, state: State, now: Now) -> list[list[Bank]]:
         memory, read = self.engine.memory, []
-        for layer in range(self.engine.layout.layers):
-            found = memory.read(state, layer, now)
-            tokens = sum(bank.tokens for bank in found)
-            if memory.budget is not None and tokens > memory.budget:
-                raise InputError(
-                    f"memory '{memory.called()}' read {tokens} tokens in layer {layer} at chunk {now.chunk}; "
-                    f"its budget is {memory.budget}"
-                )
-            read.append(found)
+        with Watch(memory, "read", now, state=state) as watch:
+            for layer in range(self.engine.layout.layers):
+                watch.layer = layer
+                read.append(watch.banks(memory.read(state, layer, now), self.batch, self.engine.dtype))
+            watch.only_past(read)
         return read
 
     def _pattern(self, state: State, now: Now, read: list[list[Bank]]) -> Pattern:
         """How the chunk attends to what was read: as the memory says, else in one softmax."""
-        context = self._rotated(read)
-        return self.engine.memory.attend(state, now, read, context) or Buffered(context)
+        memory, context = self.engine.memory, self._rotated(read)
+        with Watch(memory, "attend", now, state=state, context=context):
+            return memory.attend(state, now, read, context) or Buffered(context)
 
     def _rotated(self, read: list[list[Bank]]) -> list[tuple[Tensor, Tensor]]:
         """Join what was read per layer into one buffer and rotate its keys to where they stand."""
@@ -302,11 +299,15 @@ class Session:
 
     def _kept(self, state: State, written: Written) -> State:
         """Let the memory take in a chunk; tokens that it makes itself run through the model first."""
-        memory = self.engine.memory
-        state, prefix = memory.prefix(state, written)
+        memory, now = self.engine.memory, written.now
+        with Watch(memory, "prefix", now, state=state, written=written.layers):
+            state, prefix = memory.prefix(state, written)
         if prefix is not None:
             written = replace(written, prefix=prefix, prefix_layers=self._prefix_pass(prefix, written.now))
-        return memory.update(memory.write(state, written), written)
+        for name, call in (("write", memory.write), ("update", memory.update)):
+            with Watch(memory, name, now, state=state, written=written.layers):
+                state = call(state, written)
+        return state
 
     def _prefix_pass(self, prefix: Prefix, now: Now) -> list[Seen]:
         """Run a memory's own tokens through all layers, as one latent frame without noise."""
