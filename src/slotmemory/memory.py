@@ -207,6 +207,8 @@ class Memory(nn.Module):
 
     # Most recent latent frames a prompt switch may ask to replay; the session keeps that many.
     replays: int = 0
+    # Where its keys stand in time, for listings; a policy with a `placing` argument says it there.
+    positions: str = "native"
 
     def __init__(self, layout: Layout, budget: int | None = None):
         super().__init__()
