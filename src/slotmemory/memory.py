@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slotmemory.errors import InputError, unknown
+from slotmemory.errors import InputError, shorten, unknown
 from slotmemory.layout import Layout
 
 if TYPE_CHECKING:
@@ -207,7 +207,9 @@ class Memory(nn.Module):
 
     # Most recent latent frames a prompt switch may ask to replay; the session keeps that many.
     replays: int = 0
-    # Where its keys stand in time, for listings; a policy with a `placing` argument says it there.
+    # For listings: the paper or program it follows, and where its keys stand in time (a policy with a `placing` argument
+    # says it there).
+    source: str = "not stated"
     positions: str = "native"
 
     def __init__(self, layout: Layout, budget: int | None = None):
@@ -335,7 +337,12 @@ def find(name: str) -> type[Memory]:
         spec = importlib.util.spec_from_file_location(f"slotmemory.memories.file.{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:  # a person's own file may raise anything
+            del sys.modules[spec.name]
+            said = f"{type(error).__name__}: {shorten(str(error), 200)}"
+            raise InputError(f"memory {name} cannot be loaded: {said}") from error
     elif name in names():
         module = importlib.import_module(f"slotmemory.memories.{name}")
     else:

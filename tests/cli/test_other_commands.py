@@ -1,8 +1,6 @@
-"""memories, doctor and train."""
+"""doctor and train."""
 
 import torch
-
-from slotmemory import memory
 
 TOY = """
 import torch
@@ -23,20 +21,6 @@ class Objective(loop.Objective):
     def loss(self, step, rank, generator):
         return self.layer(torch.randn(4, self.layer.in_features, generator=generator)).square().mean(), {}
 """
-
-
-def test_memories_lists_every_policy_with_budget_arguments_and_source(slotmemory, model):
-    done = slotmemory("memories", "--model", model)
-    assert done.status == 0
-    for name in memory.names():
-        assert f"\n{name}  " in f"\n{done.out}"
-    assert "text_weight=0.7" in done.out and "arXiv 2605.31033" in done.out
-    assert "144 tokens per layer (6 latent frames)" in done.out  # window: 9 less the chunk itself
-
-
-def test_memories_tells_everything_about_one(slotmemory, model):
-    done = slotmemory("memories", "slots", "--model", model)
-    assert "What the paper leaves open" in done.out and "tokens_per_slot: tokens of an item" in done.out
 
 
 def test_doctor_names_versions_device_and_weights(slotmemory, model):

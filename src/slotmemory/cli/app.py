@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 app.command("generate", cls=generate.WithMemoryArguments)(generate.generate)
 app.command("resume")(generate.resume)
-app.command("memories")(memories.memories)
+app.add_typer(memories.app, name="memories")
 app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 

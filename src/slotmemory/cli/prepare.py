@@ -45,7 +45,7 @@ def prepare(script: Script, options: Generate) -> Prepared:
     # a recipe is read from any working directory
     model = options.model if options.model in embedded() else str(folder.resolve())
     memory = str(Path(options.memory).resolve()) if options.memory.endswith(".py") else options.memory
-    policy = _policy(options.memory)
+    policy = memories.find(options.memory)
     check_arguments(options.memory, options.arguments, memories.arguments(policy))
 
     engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=DTYPES[dtype])
@@ -106,17 +106,6 @@ def digest(folder: Path) -> str:
         except OSError as error:
             raise InputError.from_os("read", path, error) from None
     return total.hexdigest()[:16]
-
-
-def _policy(name: str) -> type[memories.Memory]:
-    try:
-        return memories.find(name)
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a person's own file may raise anything
-        raise InputError(
-            f"memory {name} cannot be loaded: {type(error).__name__}: {shorten(str(error), 200)}"
-        ) from error
 
 
 def _with_memory(engine: Engine, name: str, budget: int | None, arguments: Mapping[str, Argument]) -> Engine:

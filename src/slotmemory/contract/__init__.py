@@ -67,6 +67,7 @@ __all__ = [
     "dense",
     "difference",
     "examine",
+    "judge",
     "latents_of",
     "tokens_of",
     "toy",
@@ -107,16 +108,18 @@ def examine(memory: str | type[Memory], engine: Engine | None = None, **options:
     """Put a memory (a name, a path or a class) through all checks, on the toy engine unless another is given."""
     policy = memories.find(memory) if isinstance(memory, str) else memory
     trial = Trial(policy, engine or toy(), options)
-    verdicts = []
-    for name, check in CHECKS.items():
-        claim = (check.__doc__ or name).splitlines()[0]
-        try:
-            check(trial)
-            verdicts.append(Verdict(name, True, claim))
-        except DoesNotApply as reason:
-            verdicts.append(Verdict(name, None, str(reason)))
-        except (AssertionError, InputError) as reason:
-            verdicts.append(Verdict(name, False, str(reason)))
-        except Exception as error:  # whatever a policy raises is its verdict, and the other checks go on
-            verdicts.append(Verdict(name, False, f"{trial.name} raised {type(error).__name__}: {error}"))
-    return verdicts
+    return [judge(name, trial) for name in CHECKS]
+
+
+def judge(name: str, trial: Trial) -> Verdict:
+    """Put a policy on trial through one check."""
+    check = CHECKS[name]
+    try:
+        check(trial)
+        return Verdict(name, True, (check.__doc__ or name).splitlines()[0])
+    except DoesNotApply as reason:
+        return Verdict(name, None, str(reason))
+    except (AssertionError, InputError) as reason:
+        return Verdict(name, False, str(reason))
+    except Exception as error:  # whatever a policy raises is its verdict, and the other checks go on
+        return Verdict(name, False, f"{trial.name} raised {type(error).__name__}: {error}")

@@ -13,6 +13,7 @@ from slotmemory.contract.trials import (
     demand,
     demand_close,
     dense,
+    moment,
     tokens_of,
 )
 from slotmemory.memory import banks, held_bytes
@@ -31,7 +32,8 @@ def reads_within_its_budget(trial: Trial) -> None:
             found = method(*given)
             if call == "read" and limit is not None:
                 tokens = tokens_of(found)
-                demand(tokens <= limit, f"{trial.name} read {tokens} tokens at a budget of {limit}")
+                told = f"{trial.name} read {tokens} tokens{moment(call, given)}; its budget is {limit}"
+                demand(tokens <= limit, told)
             return found
 
         trial.run(Watched(memory, around))
@@ -54,8 +56,8 @@ def holds_no_more_than_its_budget(trial: Trial) -> None:
             found = method(*given)
             for layer in range(trial.engine.layout.layers if call == "update" else 0):
                 tokens = tokens_of(layers[layer] for _, layers in banks(found))
-                told = f"{trial.name} holds {tokens} tokens in layer {layer} after update; its budget is {limit}"
-                demand(tokens <= limit, told)
+                when = f"in layer {layer} after `update`{moment(call, given)}"
+                demand(tokens <= limit, f"{trial.name} holds {tokens} tokens {when}; its budget is {limit}")
             return found
 
         trial.run(Watched(memory, around))
@@ -72,7 +74,7 @@ def equals_no_context_when_it_may_read_nothing(trial: Trial) -> None:
         raise DoesNotApply(f"{trial.name} declares no budget")
     found = trial.run(memory, prompts=ONE_PROMPT)
     expected = dense(trial.engine, ONE_PROMPT[0], trial.chunks, (7,), past=False)
-    demand_close(found, expected, CLOSE, f"{trial.name} shows a past at a budget of 0")
+    demand_close(trial, found, expected, CLOSE, "shows a past at a budget of 0")
 
 
 def accounts_for_every_token(trial: Trial) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from slotmemory.contract.trials import CLOSE, Trial, Watched, demand, demand_close, difference
+from slotmemory.contract.trials import CLOSE, Trial, Watched, demand, demand_close, difference, moment
 from slotmemory.memory import Written
 
 
@@ -20,7 +20,7 @@ def repeats_itself(trial: Trial) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             found.append(trial.run())
-    demand_close(found[0], found[1], 0, f"{trial.name} makes another video when the same stream is run again")
+    demand_close(trial, found[0], found[1], 0, "makes another video when the same stream is run again")
 
 
 def keeps_rows_apart(trial: Trial) -> None:
@@ -28,8 +28,7 @@ def keeps_rows_apart(trial: Trial) -> None:
     together = trial.run(seeds=(7, 8))
     for row, seed in enumerate((7, 8)):
         alone = trial.run(seeds=(seed,))
-        told = f"{trial.name} lets batch row {row} depend on its neighbour"
-        demand_close(together[row : row + 1], alone, CLOSE, told)
+        demand_close(trial, together[row : row + 1], alone, CLOSE, f"lets batch row {row} depend on its neighbour")
 
 
 def edits_nothing_it_is_given(trial: Trial) -> None:
@@ -47,7 +46,8 @@ def edits_nothing_it_is_given(trial: Trial) -> None:
         }.get(call, ("state", "written"))
         for name, old, new in zip(names, before, shown):
             changed = difference(old, new, name)
-            demand(changed is None, f"{trial.name} changes {changed} in `{call}`; return a new state, edit none")
+            told = f"{trial.name} changes {changed} in `{call}`{moment(call, given)}; return a new state, edit none"
+            demand(changed is None, told)
         return found
 
     trial.run(Watched(trial.memory(recache=True), around))
@@ -67,7 +67,7 @@ def goes_on_exactly_after_save_and_load(trial: Trial) -> None:
             session = trial.session(trial.memory(recache=True), prompts={0: "not this"}, seeds=(99,))
             session.load(path)
             made.append(session.step().latents)
-    demand_close(torch.cat(made, 1), whole, 0, f"{trial.name} does not go on exactly after save and load")
+    demand_close(trial, torch.cat(made, 1), whole, 0, "does not go on exactly after save and load")
 
 
 def lets_forks_go_their_own_ways(trial: Trial) -> None:
@@ -81,8 +81,8 @@ def lets_forks_go_their_own_ways(trial: Trial) -> None:
         fork.step()
         made.append(session.step().latents)
         if chunk in (1, trial.chunks - 1):
-            demand_close(twin.step().latents, made[-1], 0, f"{trial.name} makes another chunk in a fork")
-    demand_close(torch.cat(made, 1), whole, 0, f"{trial.name} lets a fork change the stream it came from")
+            demand_close(trial, twin.step().latents, made[-1], 0, "makes another chunk in a fork", chunk)
+    demand_close(trial, torch.cat(made, 1), whole, 0, "lets a fork change the stream it came from")
 
 
 def stays_finite_in_bf16(trial: Trial) -> None:

@@ -16,6 +16,7 @@ from slotmemory.contract.trials import (
     demand_close,
     dense,
     latents_of,
+    moment,
     tokens_of,
 )
 from slotmemory.memory import Bank, State, banks
@@ -32,8 +33,9 @@ def reads_only_the_past(trial: Trial) -> None:
             end = now.frame + now.frames if now.replay else now.frame  # a replay may see what it computes again
             for bank in (bank for bank in found if bank.items):
                 born, place = int(bank.born.max()), float(bank.positions[..., 0].max())
-                demand(born < end, f"{trial.name} reads an item born at frame {born} for frames from {now.frame} on")
-                demand(place < end, f"{trial.name} reads a key placed at {place:g} for frames from {now.frame} on")
+                when = f"{moment(call, given)}, which starts at frame {now.frame}"
+                demand(born < end, f"{trial.name} reads an item born at frame {born}{when}")
+                demand(place < end, f"{trial.name} reads a key placed at {place:g}{when}")
         return found
 
     trial.run(Watched(trial.memory(recache=True), around))
@@ -44,7 +46,7 @@ def does_not_know_what_time_it_is(trial: Trial) -> None:
     here = trial.session(trial.memory(recache=True))
     there = trial.session(trial.memory(recache=True))
     there.frame = 1000 * trial.engine.layout.frames_per_chunk
-    demand_close(latents_of(there), latents_of(here), CLOSE, f"{trial.name} makes another video late in time")
+    demand_close(trial, latents_of(there), latents_of(here), CLOSE, "makes another video late in time")
 
 
 def equals_dense_attention_when_it_may_read_everything(trial: Trial) -> None:
@@ -60,12 +62,12 @@ def equals_dense_attention_when_it_may_read_everything(trial: Trial) -> None:
             most = max(most, tokens_of(found))
         return found
 
-    memory = trial.memory(window=frames, bank=0, placing="native")
+    memory = trial.memory(window=frames, bank=0, archive=0, placing="native")
     found = trial.run(Watched(memory, around), prompts=ONE_PROMPT)
     if not trial.knows("window") and most < trial.engine.layout.tokens(frames - trial.engine.layout.frames_per_chunk):
         raise DoesNotApply(f"{trial.name} never reads the whole past")
     expected = dense(trial.engine, ONE_PROMPT[0], trial.chunks, (7,), past=True)
-    demand_close(found, expected, CLOSE, f"{trial.name} may read everything, but is not dense causal attention")
+    demand_close(trial, found, expected, CLOSE, "may read everything, but is not dense causal attention")
 
 
 def replays_without_repeating(trial: Trial) -> None:
@@ -83,8 +85,9 @@ def switches_well_at(trial: Trial, start: int) -> None:
         found = method(*given)
         if call == "switch":
             asked, made, keeps = found[1], session.frame, session.engine.memory.replays
-            demand(0 <= asked <= made, f"{trial.name} asks to replay {asked} of {made} latent frames")
-            demand(asked <= keeps, f"{trial.name} asks to replay {asked} latent frames, but declares replays={keeps}")
+            told = f"{trial.name} asks to replay {asked} latent frames{moment(call, given)}"
+            demand(0 <= asked <= made, f"{told}, of {made} that were made")
+            demand(asked <= keeps, f"{told}, but declares replays={keeps}")
             switch = given[0], asked
         return found
 
@@ -94,12 +97,14 @@ def switches_well_at(trial: Trial, start: int) -> None:
         session.step()
         for name, layers in banks(session.state):
             for layer, bank in enumerate(layers):
-                told = f"{trial.name} holds an item of bank '{name}' twice after a switch"
+                where = f"in layer {layer} after the switch at chunk {start}"
+                told = f"{trial.name} holds an item of bank '{name}' twice {where}"
                 demand(len(set(names_of(bank))) == bank.items, told)
                 if switch and switch[1]:
                     old = dict(banks(switch[0])).get(name)
                     changed = old and changed_before(first - switch[1], old[layer], bank)
-                    demand(not changed, f"{trial.name} changes the item of frame {changed}, which was not replayed")
+                    told = f"{trial.name} changes the item of frame {changed}, which was not replayed, {where}"
+                    demand(not changed, told)
 
 
 def changed_before(frame: int, old: Bank, new: Bank) -> str | None:

@@ -105,6 +105,13 @@ class Watched(Memory):
         return self.around("switch", self.policy.switch, (state, now))
 
 
+def moment(call: str, given: tuple) -> str:
+    """Say in which layer and chunk a call was made, from its arguments: " in layer 1 at chunk 3"."""
+    now = given[1] if call in ("attend", "switch") else given[-1]
+    layer = f" in layer {given[1]}" if call == "read" else ""
+    return f"{layer} at chunk {getattr(now, 'now', now).chunk}"
+
+
 def tokens_of(found: Iterable[Bank]) -> int:
     return sum(bank.tokens for bank in found)
 
@@ -118,12 +125,13 @@ def demand(holds: bool, sentence: str) -> None:
         raise Broken(sentence)
 
 
-def demand_close(found: Tensor, expected: Tensor, limit: float, sentence: str) -> None:
-    """Demand equal latents, to the bit where the limit is 0; the complaint names the first chunk that differs."""
+def demand_close(trial: Trial, found: Tensor, expected: Tensor, limit: float, what: str, first: int = 0) -> None:
+    """Demand equal latents from chunk `first` on, to the bit where the limit is 0; the complaint names the first chunk
+    that differs."""
     apart = (found.float() - expected.float()).abs()
     frame = int((apart.amax((0, 2, 3, 4)) > limit).float().argmax())
-    most = float(apart.max())
-    demand(most <= limit, f"{sentence}: from latent frame {frame} on, by up to {most:.2g}")
+    chunk, most = first + frame // trial.engine.layout.frames_per_chunk, float(apart.max())
+    demand(most <= limit, f"{trial.name} {what}: from chunk {chunk} on, by up to {most:.2g}")
 
 
 def difference(a: Any, b: Any, where: str) -> str | None:

@@ -27,6 +27,7 @@ class Anchored(Sink):
     latent frames the model saw at once in training, which the three regions share.
     """
 
+    source = "Anchor Forcing (arXiv 2603.13405)"
     positions = "three regions: sink, junction and window, within the trained range"
 
     def __init__(

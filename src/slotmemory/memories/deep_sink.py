@@ -38,6 +38,9 @@ class DeepSink(Memory):
     leaves the deep sink alone.
     """
 
+    source = "Deep Forcing (arXiv 2512.05081)"
+    positions = "block-relative: sink, chosen tokens and recent frames directly before the chunk"
+
     def __init__(
         self,
         layout: Layout,

@@ -14,6 +14,8 @@ class Everything(Memory):
     placing: where their keys stand in time, see `_placing.py`; reach: the distance that `capped` allows.
     """
 
+    source = "no paper: the ceiling of every comparison"
+
     def __init__(self, layout: Layout, budget: int | None = None, *, placing: str = PLACINGS[0], reach: int = 21):
         super().__init__(layout, None)
         self.placing, self.reach = check_placing(placing), reach

@@ -41,6 +41,8 @@ class Evicted(Sink):
     many frames cannot stand side by side, so "relative" is refused.
     """
 
+    source = "key norm (arXiv 2406.11430), KeyDiff (2504.15364), SnapKV (2404.14469), Expected Attention (2510.00636)"
+
     def __init__(
         self,
         layout: Layout,

@@ -43,6 +43,8 @@ class History(Sink):
     kept; keep: which, see above; weights: trained ones, see `Engine.with_memory`.
     """
 
+    source = "TinyHistory, first called frame preservation (arXiv 2512.23851)"
+
     def __init__(
         self,
         layout: Layout,

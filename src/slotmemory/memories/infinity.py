@@ -26,6 +26,9 @@ class Infinity(Sink):
     or several ("1 3", the first shot is 0); cut: distance in latent frames from the oldest key to a chunk after a cut.
     """
 
+    source = "Infinity-RoPE (arXiv 2511.20649)"
+    positions = "block-relative: sink and window directly before the chunk"
+
     def __init__(
         self,
         layout: Layout,

@@ -29,6 +29,7 @@ class Merged(Sink):
     "frame" one vector per head for all of them (the published program's configuration).
     """
 
+    source = "MemRoPE (arXiv 2603.12513), EMA sink of Reward Forcing (arXiv 2512.04678)"
     positions = "block-relative: sink, means and window directly before the chunk"
 
     def __init__(

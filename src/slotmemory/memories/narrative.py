@@ -44,6 +44,8 @@ class Narrative(Sink):
     records; active: frames of sink and bank that a head attends to (default: all of them); compat: see above.
     """
 
+    source = "MemFlow (arXiv 2512.14699)"
+
     def __init__(
         self,
         layout: Layout,

@@ -5,3 +5,6 @@ from slotmemory.memory import Memory
 
 class Nothing(Memory):
     """Reads nothing and keeps nothing."""
+
+    source = "no paper: the floor of every comparison"
+    positions = "none: nothing is read"

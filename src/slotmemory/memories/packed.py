@@ -69,6 +69,9 @@ class Packed(Memory):
     schedule: FramePack's notation, oldest level first; weights: trained patch embeddings, see `Engine.with_memory`.
     """
 
+    source = "FramePack (arXiv 2504.12626)"
+    positions = "native: a packed token stands in the middle of its cell"
+
     def __init__(
         self, layout: Layout, budget: int | None = None, *, schedule: str = "f16k4f2k2f1k1", weights: str = ""
     ):

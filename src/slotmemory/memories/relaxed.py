@@ -29,6 +29,8 @@ class Relaxed(Memory):
     budget pays for candidates that are held, read or not.
     """
 
+    source = "Relax Forcing (arXiv 2603.21366)"
+
     def __init__(
         self,
         layout: Layout,

@@ -25,6 +25,7 @@ class RollingSink(Memory):
     held is `recent` frames more than what is read; the budget pays for what is held.
     """
 
+    source = "Rolling Sink (arXiv 2602.07775)"
     positions = "its own: an endless past without gaps before the chunk"
 
     def __init__(

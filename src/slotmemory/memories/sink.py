@@ -19,6 +19,8 @@ class Sink(Memory):
     window is not yet full at a switch, as the published program does.
     """
 
+    source = "Self-Forcing (arXiv 2506.08009), LongLive (arXiv 2509.22622)"
+
     def __init__(
         self,
         layout: Layout,

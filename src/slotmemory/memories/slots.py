@@ -48,6 +48,8 @@ class Slots(Sink):
     kept; record_every: chunks between records; text_weight: the text's share of relevance; top_k: items read.
     """
 
+    source = "SlotMemory (arXiv 2605.31033)"
+
     def __init__(
         self,
         layout: Layout,

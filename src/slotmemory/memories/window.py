@@ -11,6 +11,8 @@ from slotmemory.memories.sink import Sink
 class Window(Sink):
     """Reads the last latent frames; `window` counts them with the chunk being made. Arguments as in `sink`."""
 
+    source = "Self-Forcing (arXiv 2506.08009)"
+
     def __init__(
         self,
         layout: Layout,
