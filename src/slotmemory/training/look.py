@@ -12,16 +12,18 @@ SETTINGS = {
     "height": 48,
     "width": 80,
     "fps": 16,
-    "shift": 5.0,
-    "steps": [1000, 750, 500, 250],
+    "shift": 3.0,
+    "steps": 6,
     "context_noise": 0.1,
     "memory": {
         "placing": "capped",
         "reach": 21,
         "slots": 4,
-        "tokens_per_slot": 15,
+        "tokens_per_slot": 10,
         "bank": 6,
         "overlap": False,
+        # sink, one past chunk and the bank together read what sink + window reads, and little more
+        "for": {"slots": {"window": 9}},
     },
 }
 SCRIPTS = (
