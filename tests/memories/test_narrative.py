@@ -48,11 +48,12 @@ def born(state, layer=0):
 
 
 def test_every_third_chunk_gives_its_first_frame_and_none_is_stored_twice():
-    states = list(stream(build("narrative", LAYOUT), 11))
+    states = list(stream(build("narrative", LAYOUT), 20))
     assert [born(state)[0] for state in states[:9]] == [[0]] * 3 + [[0, 9]] * 3 + [[0, 9, 18]] * 3
-    for state in states[9:]:
-        (kept,) = born(state)
-        assert kept[-1] == 27 and len(set(kept)) == 3 and kept == sorted(kept)
+    for chunk, state in enumerate(states[9:], 9):
+        for layer in range(LAYOUT.layers):
+            (kept,) = born(state, layer)
+            assert kept[-1] == chunk // 3 * 9 and len(set(kept)) == 3 and kept == sorted(kept)
     assert born(states[9]) == born(states[10])
 
 
