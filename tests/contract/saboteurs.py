@@ -9,7 +9,7 @@ from slotmemory import contract
 from slotmemory.memories.everything import Everything
 from slotmemory.memories.sink import Sink
 from slotmemory.memories.window import Window
-from slotmemory.memory import Bank, Memory
+from slotmemory.memory import Bank, Memory, Prefix
 
 SABOTEURS: dict[str, list[type[Memory]]] = {}
 
@@ -195,6 +195,18 @@ class TrainsNothing(Window):
     def __init__(self, layout, budget=None):
         super().__init__(layout, budget)
         self.gain = nn.Parameter(torch.ones(()))
+
+
+@fails(contract.passes_gradients_to_its_parameters_only)
+class CutsItsTokens(Window):
+    """Hands the model tokens that know nothing of the weights they are made with."""
+
+    def __init__(self, layout, budget=None):
+        super().__init__(layout, budget)
+        self.token = nn.Parameter(torch.ones(layout.model_width))
+
+    def prefix(self, state, written):
+        return state, Prefix(self.token.detach().expand(len(written.latents), 1, -1), torch.zeros(1, 1, 3))
 
 
 @fails(contract.does_not_know_what_time_it_is)

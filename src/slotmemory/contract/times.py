@@ -62,7 +62,7 @@ def equals_dense_attention_when_it_may_read_everything(trial: Trial) -> None:
             most = max(most, tokens_of(found))
         return found
 
-    memory = trial.memory(window=frames, bank=0, archive=0, placing="native")
+    memory = trial.memory(window=frames, bank=0, archive=0, encoded=0, placing="native")
     found = trial.run(Watched(memory, around), prompts=ONE_PROMPT)
     if not trial.knows("window") and most < trial.engine.layout.tokens(frames - trial.engine.layout.frames_per_chunk):
         raise DoesNotApply(f"{trial.name} never reads the whole past")

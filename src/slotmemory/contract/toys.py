@@ -70,7 +70,7 @@ def toy(dtype: torch.dtype = torch.float32) -> Engine:
         text_tokens=config.text_len,
     )
     defaults = {"window": 9, "slots": 3, "slot_dim": 8, "tokens_per_slot": 4, "bank": 2, "record_every": 1}
-    networks = {"width": 16, "heads": 2, "archive": 2}
+    networks = {"width": 16, "heads": 2, "archive": 2, "encoded": 4}
     return Engine(
         backbone.to(dtype).eval().requires_grad_(False),
         ToyCodec(),

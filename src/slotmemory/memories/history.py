@@ -11,9 +11,9 @@ What the paper leaves open, and what is done here:
 - Latents are averaged for the low-resolution branch; the paper resizes pixels and encodes them again.
 - Attention inside the encoder sees a limited past, so that encoding in parts equals encoding at once.
 - Frames that do not fill a token's cell in time yet (rate 2: at most one) are seen by the window alone.
-- Budget: the window takes at most half of it, the encoded frames have the rest. `bank` encoded frames at most. Over
+- Budget: the window takes at most half of it, the encoded frames have the rest. `encoded` frames at most. Over
   that, `spread` drops the frame whose neighbours in time stand closest (the first and the last stay): the whole video
-  stays covered, evenly within a factor of two. `recent` drops the oldest.
+  stays covered, and no gap is longer than two neighbouring ones together. `recent` drops the oldest.
 - A prompt switch leaves the encoded frames as they are (`recache` concerns the window).
 """
 
@@ -39,7 +39,7 @@ class History(Sink):
     """Window and encoded history; arguments of `sink` apply, without a sink and with a short window by default.
 
     rate: compression, HEIGHTxWIDTHxTIME; width, heads, blocks, span: the encoder's channels, attention heads, attention
-    blocks and how many encoded frames these look back; branches: both, low or high (ablations); bank: encoded frames
+    blocks and how many encoded frames these look back; branches: both, low or high (ablations); encoded: such frames
     kept; keep: which, see above; weights: trained ones, see `Engine.with_memory`.
     """
 
@@ -56,7 +56,7 @@ class History(Sink):
         blocks: int = 1,
         span: int = 8,
         branches: str = "both",
-        bank: int = 60,
+        encoded: int = 60,
         keep: str = KEEPS[0],
         sink: int = 0,
         window: int = 6,
@@ -65,16 +65,16 @@ class History(Sink):
     ):
         if keep not in KEEPS:
             raise InputError(unknown("keep", keep, KEEPS))
-        if bank < 0:
-            raise InputError(f"bank={bank} is too small; use 0 or more")
+        if encoded < 0:
+            raise InputError(f"encoded={encoded} is too small; use 0 or more")
         super().__init__(layout, None if budget is None else budget // 2, sink=sink, window=window, **options)
         self.keep, self.weights = keep, weights
         with torch.random.fork_rng(devices=[]):  # an untrained encoder is the same in every process
             torch.manual_seed(0)
             self.encoder = Encoder(layout, parse_rate(rate), width, heads, blocks, span, branches)
         beside = (self.sink + self.past) * layout.tokens_per_frame
-        self.capacity = bank if budget is None else min(bank, (budget - beside) // self.encoder.tokens)
-        self.budget = beside + bank * self.encoder.tokens if budget is None else budget
+        self.capacity = encoded if budget is None else min(encoded, (budget - beside) // self.encoder.tokens)
+        self.budget = beside + encoded * self.encoder.tokens if budget is None else budget
 
     def adopt(self, weight: Tensor, bias: Tensor) -> None:
         self.encoder.adopt(weight, bias)
@@ -102,11 +102,11 @@ class History(Sink):
         state = {**state, "encoder": encoder}
         if not tokens.shape[1]:
             return state, None
-        positions = self.positions(written.now.frame - waiting, tokens.shape[1]).to(latents.device)
+        positions = self.places(written.now.frame - waiting, tokens.shape[1]).to(latents.device)
         sees = [self._history(state, layer, written.now) for layer in range(len(written.layers))]
         return state, Prefix(tokens.flatten(1, 2), positions, sees)
 
-    def positions(self, first: int, count: int) -> Tensor:
+    def places(self, first: int, count: int) -> Tensor:
         """Where the tokens of `count` encoded frames stand, whose first latent frame is `first`: [1, count g, 3]."""
         (rows, columns), (down, across, time) = self.encoder.grid, self.encoder.rate
         axes = ((count, time), (rows, down), (columns, across))
