@@ -8,7 +8,8 @@ the best are read in the same softmax as sink and window; over capacity, the low
 
 What the paper leaves open, and what is done here (letters of the argument that switches it):
 - Chunk = the latent frames denoised together; slots are updated every chunk, recorded every third (`record_every`).
-- Features: the input of self-attention, normed and modulated, cut from the graph; adapter LayerNorm + Linear per layer;
+- Features: the input of self-attention, normed and modulated, as the clean pass saw it (a pass without gradients: slots
+  teach the backbone nothing unless a trainer opens that way); adapter LayerNorm + Linear per layer;
   one grouper for all layers, its own assignment in each.
 - Tokens come from the first latent frame of the chunk (`store`: first, balanced over its frames, or all of them), each
   token in one slot only (`exclusive`), so that keys are never doubled.
@@ -36,7 +37,8 @@ from slotmemory.layout import Layout
 from slotmemory.memories._placing import place
 from slotmemory.memories.sink import Sink
 from slotmemory.memory import Bank, Now, State, Written
-from slotmemory.slots import Grouper, LayerAdapters, select
+from slotmemory.slots import Grouper, LayerAdapters, measure, select
+from slotmemory.slots.learning import Learning, Lesson, losses
 
 STORES = {"first": "first", "balanced": "balanced", "all": None}
 
@@ -45,7 +47,8 @@ class Slots(Sink):
     """Sink, window and a bank of slot items; arguments of `sink` apply.
 
     slots, slot_dim: how many entities and how wide their vectors; tokens_per_slot: tokens of an item; bank: records
-    kept; record_every: chunks between records; text_weight: the text's share of relevance; top_k: items read.
+    kept; record_every: chunks between records; text_weight: the text's share of relevance; top_k: items read;
+    attn_scale: see `slots.Predictor`; weights: trained ones, see `Engine.with_memory`.
     """
 
     source = "SlotMemory (arXiv 2605.31033)"
@@ -68,6 +71,8 @@ class Slots(Sink):
         text_by: str = "query",
         standardise: bool = False,
         top_k: int | None = None,
+        attn_scale: str = "standard",
+        weights: str = "",
         **options,
     ):
         if store not in STORES:
@@ -100,10 +105,12 @@ class Slots(Sink):
         with torch.random.fork_rng(devices=[]):  # untrained slots are the same in every process
             torch.manual_seed(0)
             self.adapters = LayerAdapters(layout.layers, layout.model_width, slot_dim)
-            self.grouper = Grouper.fresh(slots, slot_dim)
+            self.grouper = Grouper.fresh(slots, slot_dim, attn_scale)
+        self.attn_scale, self.weights = attn_scale, weights
+        self.learning = Learning()
 
     def start(self, batch: int) -> State:
-        return {**super().start(batch), "slots": [], "running": None}
+        return {**super().start(batch), "slots": [], "running": None, "mass": None, "lesson": None}
 
     # read
 
@@ -150,12 +157,16 @@ class Slots(Sink):
         if written.now.replay:
             return state
         layers = len(written.layers)
-        tokens = torch.stack([self.adapters.one(i, seen.hidden.detach()) for i, seen in enumerate(written.layers)])
+        tokens = torch.stack([self.adapters.one(i, seen.hidden) for i, seen in enumerate(written.layers)])
         rows = tokens.flatten(0, 1)  # [layers B, N, C]
         running = state["running"]
         grouping = self.grouper.first(rows) if running is None else self.grouper.next(running.flatten(0, 1), rows)
         bound, assignment = (x.unflatten(0, (layers, -1)) for x in grouping)  # [layers, B, S, ...]
-        state = {**state, "running": bound}
+        mass = measure.mass(assignment).detach()
+        lesson = None
+        if torch.is_grad_enabled():
+            lesson = vars(Lesson(bound, assignment, tokens, running, state["mass"], written.now.switched))
+        state = {**state, "running": bound, "mass": mass, "lesson": lesson}
         if not self._records(written.now):
             return state
         chosen = select(
@@ -197,6 +208,13 @@ class Slots(Sink):
                 "mass": mass,
             },
         )
+
+    # what is learnt
+
+    def losses(self, state: State) -> dict[str, Tensor]:
+        """Contrast with the chunk before and, where `learning` says so, reconstruction; none without gradients."""
+        lesson = state["lesson"]
+        return losses(Lesson(**lesson), self.learning) if lesson else {}
 
     # update
 

@@ -203,9 +203,11 @@ class Grouper(FullPrecision):
         self.first_iterations, self.next_iterations = first_iterations, next_iterations
 
     @classmethod
-    def fresh(cls, num_slots: int = 7, dim: int = 64) -> "Grouper":
-        """Untrained, in the sizes of SlotMemory: a learned table and the standard attention scale."""
-        return cls(LearnedInit(num_slots, dim), Predictor(dim), SlotAttention(dim))
+    def fresh(
+        cls, num_slots: int = 7, dim: int = 64, attn_scale: Literal["standard", "released"] | float = "standard"
+    ) -> "Grouper":
+        """Untrained, in the sizes of SlotMemory: a learned table and, unless told otherwise, the standard scale."""
+        return cls(LearnedInit(num_slots, dim), Predictor(dim, attn_scale=attn_scale), SlotAttention(dim))
 
     def first(self, tokens: Tensor, generator: torch.Generator | None = None) -> Grouping:
         """Bind the first chunk: tokens [B, N, C] -> slots [B, S, C], assignment [B, S, N]."""

@@ -11,112 +11,97 @@ clip is made before the generator's update, not after it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from slotmemory.codecs.words import WordEncoder
 from slotmemory.sampler import FlowSchedule
 from slotmemory.training import loop, scores
-from slotmemory.training.networks import Cast, Lines, load_transformer, open_engine
-from slotmemory.training.prompts import open_source, together
-from slotmemory.training.recipe import Frozen
+from slotmemory.training.networks import Cast, add_lora, load_transformer
+from slotmemory.training.policies import InTraining
+from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Clip, Rollout, engine_for
+from slotmemory.training.student import Student, StudentOptions, group
 
-Compat = Literal["score_shift"]
+Compat = Literal["score_shift", "null_sink", "leaking_cache", "mutated_bank"]
 
 
-class Options(Frozen):
-    """Where the three networks start, how clips are made, and how they are scored."""
+class Options(StudentOptions):
+    """How clips are made and scored, beside what every student has."""
 
-    student: str = Field("tiny", description="where the generator starts: a training run, a model folder or its name")
-    teacher: str | None = Field(None, description="the real score, frozen; none: what the student starts from")
-    critic: str | None = Field(None, description="where the fake score starts; none: the teacher's weights")
-    codec: str = Field("src/slotmemory/assets/tiny/codec.safetensors", description="beside a training run's weights")
-    prompts: str = Field("world", description="the narrative world's stories, or a file of prompts")
-    follow: str | None = Field(None, description="a second file: line i continues line i of the first")
-    memory: str = "sink"
-    memory_options: dict[str, Any] = {}
-    budget: int | None = Field(None, description="tokens per layer that the memory may read")
-    memory_rate: float = Field(1.0, description="learning rate of the memory's weights, in that of the generator")
-    memory_clip: float = Field(0.05, description="largest norm of their gradient")
-    memory_weight: float = Field(0.2, description="weight of the memory's own losses beside the matching loss")
-    steps: tuple[int, ...] = Field((1000, 750, 500, 250), description="the student's denoising steps")
-    chunks: int = Field(7, description="chunks of a clip")
+    critic: str | None = Field(
+        None, description="where the fake score starts, as `student`; none: the teacher's weights"
+    )
+    memory_gradients: Literal["off", "exit_step"] = Field(
+        "off",
+        description="exit_step: the memory's losses reach the student, by the features of its last denoising pass",
+    )
     last_step_only: bool = Field(False, description="always run all denoising steps; else a random number of them")
     score: Literal["causal", "joint"] = Field(
         "causal",
         description="scores see chunk after chunk, each with its clean past; or whole clips, all frames at once",
     )
-    seen: int = Field(2, description="past chunks that a causal score sees beside the first of the stream")
-    guidance: float = Field(3.0, description="real score: conditional + guidance (conditional - negative)")
-    negative: str = Field("", description="the negative prompt")
+    seen: int = Field(2, ge=0, description="past chunks that a causal score sees beside the first of the stream")
     lowest: float = Field(20.0, description="smallest timestep of a score, of 1000")
     highest: float = Field(980.0, description="largest timestep of a score")
     ratio: int = Field(5, ge=1, description="critic updates per generator update")
-    critic_rate: float = Field(0.2, description="the critic's learning rate, in that of the generator")
-    critic_clip: float = Field(10.0, description="largest norm of the critic's gradient")
-    recompute: bool = Field(False, description="recompute passes in the backward pass: less memory, more time")
+    critic_rate: float = Field(0.2, gt=0, description="the critic's learning rate, in that of the generator")
+    critic_clip: float = Field(10.0, gt=0, description="largest norm of the critic's gradient")
     compat: tuple[Compat, ...] = Field(
-        (), description="score_shift: the scores look noise levels up in a table of shift 8, as published"
+        (),
+        description="repeat defects of the published trainers; score_shift: scores look noise levels up in a table of shift "
+        "8; for the others see training/policies.py",
     )
 
+    @model_validator(mode="after")
+    def _possible(self) -> Options:
+        if "mutated_bank" in self.compat and not self.recompute:
+            raise ValueError("compat=mutated_bank shows only where passes are computed again; set recompute: true")
+        return self
 
-class Objective(loop.Objective):
+
+class Objective(Student):
     """Train generator and critic; the memory's weights go with the generator."""
 
-    auxiliary = frozenset({"critic", "memory", "words"})
+    auxiliary = Student.auxiliary | {"critic"}
 
     def __init__(self, options: Options, context: loop.Context):
-        self.options, self.context = options, context
-        device, dtype = context.device, context.dtype
-        engine = open_engine(options.student, options.codec, device, torch.float32).with_steps(options.steps)
-        engine = engine.with_memory(options.memory, options.budget, **options.memory_options)
-        self.codec, self.words, self.memory = engine.codec, engine.text, engine.memory.requires_grad_(True)
-        self.transformer = engine.backbone.requires_grad_(True)
-        teacher = load_transformer(options.teacher or options.student).to(device, dtype).eval().requires_grad_(False)
-        self.critic = load_transformer(options.critic or options.teacher or options.student).to(device)
-        self.generator = Cast(self.transformer, dtype, options.recompute)
-        self.real, self.fake = Cast(teacher, dtype), Cast(self.critic, dtype, options.recompute)
-        self.engine = engine_for(engine, backbone=self.generator)
-        self.text: Lines = self.engine.text
-        self.source = open_source(options.prompts, options.follow)
-        self.schedule = engine.sampler.schedule
+        super().__init__(options, context)
+        start = options.critic or options.teacher or options.student
+        self.critic = load_transformer(start, context.device, "critic" if options.critic else "transformer")
+        if options.lora:
+            add_lora(self.critic, options.lora)
+        self.fake = Cast(self.critic, context.dtype, options.recompute)
+        layout = self.engine.layout
+        through = ("hidden",) if options.memory_gradients == "exit_step" else ()
+        defects = [name for name in options.compat if name != "score_shift"]
+        if through or defects:
+            length = options.chunks * layout.frames_per_chunk
+            policy = InTraining(self.memory, self.student, through, defects, length)
+            self.engine = engine_for(self.whole, backbone=self.student, memory=policy)
         self.looked_up = FlowSchedule(8.0) if "score_shift" in options.compat else self.schedule
         self.view: scores.View = scores.Joint()
         if options.score == "causal":
-            self.view = scores.Causal(engine.layout.frames_per_chunk, options.seen, engine.context_noise)
+            self.view = scores.Causal(layout.frames_per_chunk, options.seen, self.engine.context_noise)
         self.told: list[str] = []
 
     # what is trained
 
     def modules(self) -> dict[str, nn.Module]:
-        found = {"transformer": self.transformer, "critic": self.critic}
-        if isinstance(self.words, WordEncoder):  # frozen; exported so that the run's weights are a whole model
-            found["words"] = self.words.requires_grad_(False)
-        if any(True for _ in self.memory.parameters()):
-            found["memory"] = self.memory
-        return found
+        return {**super().modules(), "critic": self.critic}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        o = self.options
-
-        def group(name: str, module: nn.Module, scale: float, clip: float) -> dict[str, Any]:
-            names = [f"{name}.{key}" for key, p in module.named_parameters() if p.requires_grad]
-            return {"names": names, "optimizer": "adamw", "scale": scale, "clip": clip}
-
-        return [
-            group("critic", self.critic, o.critic_rate, o.critic_clip),
-            group("memory", self.memory, o.memory_rate, o.memory_clip),
-        ]
+        critic = group("critic", self.critic, self.options.critic_rate, self.options.critic_clip)
+        return [*super().parameter_groups(), critic]
 
     def generator_step(self, step: int) -> bool:
         return step % self.options.ratio == 0
 
     def trains(self, step: int) -> frozenset[str]:
-        return frozenset(("transformer", "memory", "critic") if self.generator_step(step) else ("critic",))
+        return frozenset(("transformer", self.memory_name, "critic") if self.generator_step(step) else ("critic",))
 
     # clips
 
@@ -133,6 +118,10 @@ class Objective(loop.Objective):
         seeds = torch.randint(2**62, (len(scripts),), generator=random).tolist()
         return Rollout(self.engine, together(scripts), seeds).roll(self.options.chunks, exit)
 
+    def watching(self) -> AbstractContextManager:
+        """How the critic's clips are made: nobody but the critic learns from them."""
+        return torch.no_grad()
+
     # losses
 
     def generator_loss(self, clip: Clip, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,9 +129,9 @@ class Objective(loop.Objective):
         given, o = self.noised(clip, random), self.options
         with torch.no_grad():
             fake = self.predicted(self.fake, clip, given)
-            real = self.predicted(self.real, clip, given)
+            real = self.predicted(self.teacher, clip, given)
             if o.guidance:
-                real = scores.guide(real, self.predicted(self.real, clip, given, o.negative), o.guidance)
+                real = scores.guide(real, self.predicted(self.teacher, clip, given, o.negative), o.guidance)
             gradient = scores.kl_gradient(given.rows.detach(), fake, real)
         loss = scores.matching_loss(given.rows, gradient, self.view.mask(clip)).float()
         return loss, {"matching": loss.detach(), "difference": (fake - real).abs().mean()}
@@ -151,7 +140,7 @@ class Objective(loop.Objective):
         """Flow matching of what the generator makes."""
         given = self.noised(clip, random)
         flow = self.view.flow(self.fake, self.text, clip, given.noisy, given.timesteps, None, given.past)
-        return scores.flow_loss(flow, given.rows, given.noise, self.view.mask(clip))
+        return scores.flow_loss(flow, given.rows.detach(), given.noise, self.view.mask(clip))
 
     def noised(self, clip: Clip, random: torch.Generator) -> scores.Noised:
         o = self.options
@@ -161,7 +150,7 @@ class Objective(loop.Objective):
         return scores.predicted(network, self.view, self.text, clip, given, self.looked_up, negative)
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        self.generator.refresh()
+        self.student.refresh()
         self.fake.refresh()
         first, second = self.exits(step)
         total, terms = torch.zeros((), device=self.context.device), {}
@@ -169,34 +158,20 @@ class Objective(loop.Objective):
             clip = self.clip(first, generator)
             self.told = clip.prompts[-1]
             matching, terms = self.generator_loss(clip, generator)
-            total = total + matching
-            for name, term in clip.losses.items():
-                total = total + self.options.memory_weight * term
-                terms[name] = term.detach()
-        with torch.no_grad():
+            total = total + matching + self.memory_loss(clip, terms)
+        with self.watching():
             clip = self.clip(second, generator)
         self.told = clip.prompts[-1]
         critic = self.critic_loss(clip, generator)
+        total = total + critic + self.memory_loss(clip, terms)
         updates = {"generator_updates": step // self.options.ratio + 1, "critic_updates": step + 1}
         counted = {name: torch.tensor(float(count)) for name, count in updates.items()}
-        return total + critic, {**terms, "critic": critic.detach(), **counted}
+        return total, {**terms, "critic": critic.detach(), **counted}
+
+    def memory_loss(self, clip: Clip, terms: dict[str, Tensor]) -> Tensor | float:
+        """The memory's own losses, weighed; each is noted among the terms."""
+        terms.update({name: term.detach() for name, term in clip.losses.items()})
+        return self.options.memory_weight * sum(clip.losses.values())
 
     def about(self) -> str:
         return "; ".join(f"'{prompt[:60]}'" for prompt in self.told)
-
-    # what is looked at
-
-    def sample(self, step: int, folder) -> None:
-        """Stream two short scripts from their text alone, and write their filmstrips."""
-        from slotmemory.training.look import filmstrips
-
-        if isinstance(self.words, WordEncoder):
-            filmstrips(self, folder)
-
-    def metadata(self, module: str) -> dict[str, str]:
-        if module in ("transformer", "critic"):
-            return {"config": self.transformer.config.to_json()}
-        if module == "words":
-            w = self.words
-            return {"config": f'{{"dim": {w.dim}, "length": {w.length}, "heads": {w.heads}}}'}
-        return {"memory": self.options.memory}

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from slotmemory.engine import Engine
 from slotmemory.models import assemble
 
 # what the embedded model is asked for at sampling, and what its memories default to
@@ -39,7 +40,11 @@ def filmstrips(objective, folder: Path, memory: str = "sink") -> None:
     dtype = objective.context.dtype
     backbone = type(objective.transformer)(objective.transformer.config).to(dtype)
     backbone.load_state_dict(objective.transformer.state_dict())
-    engine = assemble(backbone.eval(), objective.codec, objective.words, SETTINGS).with_memory(memory)
+    film(assemble(backbone.eval(), objective.codec, objective.words, SETTINGS).with_memory(memory), folder)
+
+
+def film(engine: Engine, folder: Path) -> None:
+    """Write the scripts' sheet as an engine makes them: `filmstrips.png` in `folder`."""
     rows = []
     for number, prompts in enumerate(SCRIPTS):
         session = engine.session({i * CHUNKS_PER_SHOT: p for i, p in enumerate(prompts)}, seed=number)

@@ -81,7 +81,9 @@ class Objective(ABC):
         return []
 
     def trains(self, step: int) -> frozenset[str] | None:
-        """Name the modules that a step trains (None: all); the others keep weights, momenta and average."""
+        """Name the modules, or parts of them, that a step trains (None: all).
+
+        The others keep weights, momenta and average. A part is "<module>.<submodule>"."""
         return None
 
     def about(self) -> str:
@@ -114,6 +116,10 @@ class Objective(ABC):
     def metadata(self, module: str) -> dict[str, str]:
         """Return what the exported file of `module` says about itself."""
         return {}
+
+    def exported(self, module: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn a module's weights into what its exported file shall hold."""
+        return tensors
 
 
 class _Bound(nn.Module):
@@ -297,7 +303,8 @@ class _Trainer:
         lead = float(self.rank == 0) * self.recipe.processes
         signals = torch.tensor([minutes() * lead, float(stopped.is_set()) * lead])
         running, trained = self.objective.running(), self.objective.trains(self.step)
-        parameters = {k: p for k, p in self.parameters.items() if trained is None or k.partition(".")[0] in trained}
+        inside = None if trained is None else tuple(f"{name}." for name in trained)
+        parameters = {k: p for k, p in self.parameters.items() if inside is None or k.startswith(inside)}
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
         size = sum(part.numel() for part in parts)
         parts += [*running, *values, signals]
@@ -400,6 +407,7 @@ class _Trainer:
             raw = {key: tensor.detach() for key, tensor in module.state_dict().items()}
             averaged = {key: self.ema.get(f"{name}.{key}", tensor) for key, tensor in raw.items()}
             for tensors, file in ((raw, f"{name}.safetensors"), (averaged, f"{name}.ema.safetensors")):
+                tensors = self.objective.exported(name, tensors)
                 content = to_bytes({key: t.cpu().contiguous() for key, t in tensors.items()}, metadata=metadata)
                 partial = folder / f"{file}.partial"
                 partial.write_bytes(content)

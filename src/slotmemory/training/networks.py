@@ -5,7 +5,8 @@ Nothing here knows an objective.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 from slotmemory.backbones.attention import Pattern
 from slotmemory.backbones.causal_wan import CausalWan, Seen, TextKeys, WanConfig
+from slotmemory.checkpoints.files import load_module
+from slotmemory.checkpoints.lora import Adapter, Lora, Pair
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
 from slotmemory.engine import Engine
-from slotmemory.errors import InputError
-from slotmemory.models import assemble, embedded, load, load_module
+from slotmemory.models import assemble, load
 from slotmemory.training import loop
 from slotmemory.training.look import SETTINGS
 from slotmemory.training.pack import exported
+
+LORA = "lora"  # what an adapter is called inside the layer it changes
 
 
 class Cast:
@@ -30,15 +34,27 @@ class Cast:
 
     `refresh` casts the weights within the autograd graph; call it once before each backward pass. With `recompute`,
     passes that carry gradients keep their inputs only and are computed again, one at a time, in the backward pass.
+    With `keep_seen`, what the last such pass saw stays in `seen`, with its gradients.
     """
 
     def __init__(self, module: CausalWan, dtype: torch.dtype, recompute: bool = False):
         self.module, self.dtype, self.recompute = module, dtype, recompute
         self.config = module.config
+        self.keep_seen, self.seen = False, None
         self.refresh()
 
     def refresh(self) -> None:
         self.weights = loop.cast_weights(self.module, self.dtype)
+        self.seen = None
+
+    @contextmanager
+    def constant(self) -> Iterator[None]:
+        """Run with weights that take no gradient, for rollouts from which only a memory learns."""
+        kept, self.weights = self.weights, {name: weight.detach() for name, weight in self.weights.items()}
+        try:
+            yield
+        finally:
+            self.weights = kept
 
     @property
     def patch_embedding(self) -> nn.Module:
@@ -49,10 +65,15 @@ class Cast:
 
     def __call__(self, *given: Any) -> tuple[Tensor, list[Seen]]:
         """As `CausalWan.forward`."""
-        if self.recompute and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return self._call(*given)
+        if self.recompute:
             # patterns hold what the pass may read, unchanged for as long as it lasts: both computations see the same
-            return checkpoint(self._call, *given, use_reentrant=False, preserve_rng_state=False)
-        return self._call(*given)
+            flow, seen = checkpoint(self._call, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            flow, seen = self._call(*given)
+        self.seen = seen if self.keep_seen else None
+        return flow, seen
 
     def run(self, *given: Any) -> tuple[Tensor, Tensor, list[Seen]]:
         return self._call(*given, method="run")
@@ -124,23 +145,50 @@ class Undecoded:
         return latents.new_zeros(len(latents), 0, 3, 1, 1), state
 
 
-def open_engine(source: str, codec: str, device: torch.device, dtype: torch.dtype) -> Engine:
-    """Load what training starts from: a model by name or folder, or the run folder of a training, which needs `codec`."""
+def open_engine(source: str, codec: str, device: torch.device) -> Engine:
+    """Load what training starts from, in fp32: a model by name or folder, or a training run, which needs `codec`."""
     folder = Path(source)
-    if source in embedded() or (folder / "model.json").is_file():
-        return load(source, device, dtype)
-    transformer = load_transformer(source).to(device, dtype).eval().requires_grad_(False)
+    if not (folder / "weights").is_dir():
+        return load(source, device, torch.float32)
+    transformer = load_transformer(source, device).eval().requires_grad_(False)
     words = load_module(lambda values: WordEncoder(**values), exported(folder, "words"))
-    video = PreviewCodec.load(codec).to(device, dtype).eval().requires_grad_(False)
+    video = PreviewCodec.load(codec).to(device).eval().requires_grad_(False)
     return assemble(transformer, video, words.to(device).eval().requires_grad_(False), SETTINGS)
 
 
-def load_transformer(source: str) -> CausalWan:
-    """Load a transformer alone: from a model by name or folder, the run folder of a training, or a weights file."""
-    if source in embedded():
-        return load(source, torch.device("cpu"), torch.float32).backbone
-    if not Path(source).exists():
-        raise InputError(
-            f"{source} does not exist; give a training run, a model folder or name, or a .safetensors file"
-        )
-    return load_module(lambda values: CausalWan(WanConfig(**values)), exported(Path(source), "transformer"))
+def load_transformer(source: str, device: torch.device, part: str = "transformer") -> CausalWan:
+    """Load a transformer alone, in fp32: from a model by name or folder, or the run folder of a training.
+
+    part: what it is called in a run; "critic" takes the transformer where there is no critic."""
+    folder = Path(source) / "weights"
+    if not folder.is_dir():
+        return load(source, device, torch.float32).backbone.requires_grad_(True)
+    found = part if any((folder / f"{part}{kind}.safetensors").is_file() for kind in ("", ".ema")) else "transformer"
+    module = load_module(lambda values: CausalWan(WanConfig(**values)), exported(Path(source), found))
+    return module.to(device)
+
+
+def add_lora(model: CausalWan, rank: int) -> None:
+    """Fix a transformer and give every linear layer inside its blocks a low-rank adapter to train (LongLive, MemFlow).
+
+    The adapters change nothing before they are trained: alpha is the rank, and their second halves are zeros."""
+    pairs = {}
+    for name, layer in model.blocks.named_modules(prefix="blocks"):
+        if isinstance(layer, nn.Linear):
+            down = nn.init.kaiming_uniform_(torch.empty(rank, layer.in_features), a=5**0.5)
+            pairs[name] = Pair(down, torch.zeros(layer.out_features, rank), 1.0)
+    model.requires_grad_(False)
+    Adapter(model, Lora(pairs), name=LORA)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{LORA}." in name)
+
+
+def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a transformer with adapters as those of one without."""
+    found = {name: tensor for name, tensor in tensors.items() if f".{LORA}." not in name}
+    for name, down in tensors.items():
+        layer, half, end = name.partition(f".{LORA}.down")
+        if half and not end:
+            weight = found[f"{layer}.weight"]
+            found[f"{layer}.weight"] = weight + (tensors[f"{layer}.{LORA}.up"] @ down).to(weight.dtype)
+    return found

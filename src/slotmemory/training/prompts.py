@@ -18,7 +18,7 @@ import torch
 
 from slotmemory.errors import InputError
 from slotmemory.world.clock import FPS, FRAMES_PER_CHUNK
-from slotmemory.world.grammar import sample_story
+from slotmemory.world.grammar import parse, sample_story
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +87,14 @@ def together(scripts: Sequence[Script]) -> dict[int, list[str]]:
         return script[max(start for start in script if start <= chunk)]
 
     return {chunk: [at(script, chunk) for script in scripts] for chunk in sorted(set().union(*scripts))}
+
+
+def reminder(prompts: Sequence[str], chunk: int, seen: int) -> int | None:
+    """The last chunk before chunk - seen whose prompt names somebody whom the prompt of `chunk` names and the `seen`
+    chunks before it do not; None where nobody returns. Prompts of the narrative world, one per chunk."""
+    cast = [{role.identity for role in parse(prompt).roles} for prompt in prompts[: chunk + 1]]
+    back = cast[chunk] - set().union(*cast[max(0, chunk - seen) : chunk])
+    return next((k for k in range(chunk - seen - 1, -1, -1) if cast[k] & back), None)
 
 
 def _lines(path: Path) -> list[str]:

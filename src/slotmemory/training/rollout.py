@@ -57,6 +57,7 @@ class Clip:
     latents [B, F, C, h, w]: `past` latent frames that are constants, then the new ones, with gradients if recorded;
     start: the stream's latent frame at which they begin; first [B, 3, C, h, w] and opening: the stream's first chunk and
     its prompts; prompts: per chunk of the clip one for each row; losses: of the memory, by name, mean over the new chunks.
+    reminders: per row, for chunks of the clip by number, an earlier chunk [3, C, h, w] that a score may see, and its prompt.
     """
 
     latents: Tensor
@@ -66,6 +67,7 @@ class Clip:
     opening: list[str]
     prompts: list[list[str]]
     losses: dict[str, Tensor] = field(default_factory=dict)
+    reminders: list[dict[int, tuple[Tensor, str]]] = field(default_factory=list)
 
     @property
     def new(self) -> Tensor:
@@ -76,14 +78,22 @@ class Rollout:
     """Streams of one engine in training, one per script, all switching by chunk number.
 
     script: prompts by the chunk at which any row changes, one for each row; keep: latent frames of the past that a clip
-    shows. The engine's sampler must be an `ExitStep` (`engine_for`).
+    shows; keep_all: all chunks stay in `made`. The engine's sampler must be an `ExitStep` (`engine_for`).
     """
 
-    def __init__(self, engine: Engine, script: Mapping[int, Sequence[str]], seeds: Sequence[int], keep: int = 0):
+    def __init__(
+        self,
+        engine: Engine,
+        script: Mapping[int, Sequence[str]],
+        seeds: Sequence[int],
+        keep: int = 0,
+        keep_all: bool = False,
+    ):
         prompts = {chunk: "\n".join(rows) for chunk, rows in script.items()}
         self.session = Session(engine, prompts, None, seeds)
         self.session.differentiable = True
-        self.keep = keep
+        self.keep, self.keep_all = keep, keep_all
+        self.made: list[Tensor] = []  # [B, F, C, h, w] each
         self.past: Tensor | None = None
         self.first: Tensor | None = None
 
@@ -91,6 +101,10 @@ class Rollout:
     def frame(self) -> int:
         """Latent frames made so far."""
         return self.session.frame
+
+    def told(self) -> list[list[str]]:
+        """The prompts of all chunks made so far, per chunk one for each row."""
+        return [self.session.prompt_at(chunk)[1].split("\n") for chunk in range(self.session.index)]
 
     def roll(self, chunks: int, exit: int) -> Clip:
         """Make the next chunks, stopping at denoising step number `exit`; gradients are recorded if the caller does."""
@@ -101,33 +115,32 @@ class Rollout:
         length = session.engine.layout.frames_per_chunk
         past = 0 if self.past is None else self.past.shape[1]
         start = session.frame - past
-        made, terms, prompts = [], [], []
-        for chunk in range(start // length, session.index):
-            prompts.append(session.prompt_at(chunk)[1].split("\n"))
+        made, terms = [], []
         for _ in range(chunks):
-            chunk = session.step()
-            made.append(chunk.latents)
-            prompts.append(chunk.prompt.split("\n"))
+            made.append(session.step().latents)
             if torch.is_grad_enabled():
                 terms.append(memory.losses(session.state))
         latents = torch.cat(made if self.past is None else [self.past, *made], 1)
         if self.first is None:
             self.first = made[0].detach()
-        self.past = latents[:, latents.shape[1] - self.keep :].detach() if self.keep else None
-        opening = session.prompt_at(0)[1].split("\n")
-        return Clip(latents, past, start, self.first, opening, prompts, mean_of(terms))
+        self.past = latents[:, max(0, latents.shape[1] - self.keep) :].detach() if self.keep else None
+        if self.keep_all:
+            self.made += [latents.detach() for latents in made]
+        told = self.told()
+        return Clip(latents, past, start, self.first, told[0], told[start // length :], mean_of(terms))
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, as a plain tree."""
-        return {"session": cut(self.session.snapshot()), "past": self.past, "first": self.first}
+        session = cut(self.session.snapshot())
+        return {"session": session, "past": self.past, "first": self.first, "made": self.made}
 
     @classmethod
-    def from_state(cls, engine: Engine, state: dict[str, Any], keep: int = 0) -> Rollout:
+    def from_state(cls, engine: Engine, state: dict[str, Any], keep: int = 0, keep_all: bool = False) -> Rollout:
         """Go on from `state`."""
         saved = state["session"]
-        rollout = cls(engine, {0: [""]}, [0] * len(saved["noise"]), keep)
+        rollout = cls(engine, {0: [""]}, [0] * len(saved["noise"]), keep, keep_all)
         rollout.session.restore(saved)
-        rollout.past, rollout.first = state["past"], state["first"]
+        rollout.past, rollout.first, rollout.made = state["past"], state["first"], state["made"]
         return rollout
 
 

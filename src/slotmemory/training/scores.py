@@ -164,7 +164,11 @@ class Causal:
 
     def past_shape(self, clip: Clip) -> tuple[int, ...]:
         batch, frames = clip.latents.shape[:2]
-        return (batch * (frames // self.length - (clip.start == 0)), self.length, *clip.latents.shape[2:])
+        clean = batch * (frames // self.length - (clip.start == 0)) + len(self._reminders(clip))
+        return (clean, self.length, *clip.latents.shape[2:])
+
+    def _reminders(self, clip: Clip) -> list[tuple[int, int, Tensor, str]]:
+        return [(row, k, x, told) for row, found in enumerate(clip.reminders) for k, (x, told) in found.items()]
 
     def flow(
         self,
@@ -184,12 +188,15 @@ class Causal:
         if clip.start:  # the stream's first chunk, just before the clip
             shown = torch.cat((clip.first[:, None], shown), 1)
             places, told = torch.cat((starts[:1] - length, places)), [clip.opening, *told]
-        clean = shown.flatten(0, 1)
+        reminders = self._reminders(clip)
+        # two chunks before the clip, where transformers meet a distant chunk in training
+        clean = torch.cat((shown.flatten(0, 1), *(x[None] for _, _, x, _ in reminders)))
         if self.context_noise:
             clean = add_noise(clean, past, self.context_noise)
-        frames = torch.cat((places.repeat(batch), starts[clip.past // length :].repeat(batch)))
+        far = (starts[:1] - 2 * length).expand(len(reminders))
+        frames = torch.cat((places.repeat(batch), far, starts[clip.past // length :].repeat(batch)))
         own = self.prompts(clip) if negative is None else [negative] * len(noisy)
-        prompts = [chunk[row] for row in range(batch) for chunk in told] + own
+        prompts = [chunk[row] for row in range(batch) for chunk in told] + [told for *_, told in reminders] + own
         levels = torch.cat((timesteps.new_full((len(clean),), self.context_noise * 1000), timesteps))
         cell = network.config.patch[1] * network.config.patch[2]
         flow, _ = network(
@@ -202,7 +209,7 @@ class Causal:
         return flow[len(clean) :]
 
     def table(self, clip: Clip) -> Tensor:
-        """Which clean rows each row of a pass sees, -1 for none: [clean rows + noised rows, at most 1 + seen]."""
+        """Which clean rows each row of a pass sees, -1 for none: [clean rows + noised rows, at most 2 + seen]."""
         count, opened = clip.latents.shape[1] // self.length, clip.start > 0
         per_stream = count - 1 + opened  # clean rows
 
@@ -211,11 +218,17 @@ class Causal:
             # row `base` is the stream's first chunk; where the clip begins with it, the near ones may hold it already
             return [base if opened or chunk > self.seen else -1, *near]
 
+        streams = range(len(clip.latents))
+        reminders = self._reminders(clip)
+        reminded = {(row, k): len(streams) * per_stream + i for i, (row, k, *_) in enumerate(reminders)}
         rows = []
-        for base in range(0, len(clip.latents) * per_stream, per_stream or 1):
-            rows += [[-1] * (1 + self.seen)] * opened + [sees(base, chunk) for chunk in range(count - 1)]
-        for stream in range(len(clip.latents)):
-            rows += [sees(stream * per_stream, chunk) for chunk in range(clip.past // self.length, count)]
+        for stream in streams:
+            rows += [[-1] * (1 + self.seen)] * opened
+            rows += [sees(stream * per_stream, chunk) for chunk in range(count - 1)]
+        rows = [[*row, -1] for row in rows] + [[-1] * (2 + self.seen)] * len(reminders)
+        for stream in streams:
+            for chunk in range(clip.past // self.length, count):
+                rows.append([*sees(stream * per_stream, chunk), reminded.get((stream, chunk), -1)])
         table = torch.tensor(rows)
         return table[:, (table >= 0).any(0)]
 

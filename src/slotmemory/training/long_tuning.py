@@ -1,0 +1,131 @@
+"""Streaming long tuning: distribution matching on clip after clip of long streams with prompt switches (LongLive).
+
+Every clip goes on from the model's own earlier ones, whose state is cut from the graph, so that the student learns under
+the errors and the memory it will have when it streams. The first clip of a stream has `chunks` chunks, later ones `new`
+more; a stream that cannot take another clip within `length` makes room for a new one. Generator and critic steps consume
+clips of the same stream in turn.
+
+Differences from the published trainers: the sink outlives switches here as it does when streaming (theirs is zeroed, see
+`compat: [null_sink]`), and what is cut from the graph is cut everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from slotmemory.errors import InputError
+from slotmemory.training import distribution_matching, loop
+from slotmemory.training.prompts import reminder, together
+from slotmemory.training.rollout import Clip, Rollout
+
+
+class Options(distribution_matching.Options):
+    """How long streams are, where their prompts switch, and what scores are shown of the past."""
+
+    new: int = Field(6, ge=1, description="chunks that a later clip adds")
+    length: int = Field(240, description="latent frames of a stream, at most")
+    switches: tuple[int, ...] = Field(
+        (21, 39, 57, 75, 93, 111, 129, 147, 165, 183, 201),
+        description="latent frames, one of which is drawn for each stream's prompt switch; (): where the source has them",
+    )
+    opening: bool = Field(
+        True, description="joint scores: a later clip's first latent frame is encoded anew as an image"
+    )
+    reminders: bool = Field(
+        False,
+        description="causal scores: a returning entity's chunk sees the last one that showed it (narrative world)",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Options:
+        if self.new > self.chunks:
+            raise ValueError(f"new={self.new} is more than a clip's chunks={self.chunks}")
+        return self
+
+
+class Objective(distribution_matching.Objective):
+    """Train on one stream per batch row at a time, continued from step to step."""
+
+    def __init__(self, options: Options, context: loop.Context):
+        super().__init__(options, context)
+        self.size = self.engine.layout.frames_per_chunk
+        self.stream: Rollout | None = None
+        for switch in options.switches:
+            if switch % self.size:
+                raise InputError(f"switches: {switch} is not a multiple of {self.size}, the latent frames of a chunk")
+
+    @property
+    def keep(self) -> int:
+        """Latent frames of the past that a clip needs."""
+        if self.options.score == "joint":
+            return self.options.chunks * self.size
+        return self.options.seen * self.size
+
+    def clip(self, exit: int, random: torch.Generator) -> Clip:
+        o = self.options
+        if self.stream is None or self.stream.frame + o.new * self.size > o.length:
+            self.ended()
+            self.stream = self.begin(random)
+        clip = self.stream.roll(o.new if self.stream.frame else o.chunks, exit)
+        if o.score == "joint":
+            return self.last_chunks(clip)
+        return self.reminded(clip) if o.reminders else clip
+
+    def begin(self, random: torch.Generator) -> Rollout:
+        """Open a stream per batch row; their prompts switch at the same chunk."""
+        o, switch = self.options, None
+        if o.switches:
+            drawn = int(torch.randint(len(o.switches), (), generator=random))
+            switch = o.switches[drawn] // self.size
+        chunks = o.length // self.size
+        scripts = [self.source.script(chunks, random, switch) for _ in range(self.context.batch)]
+        seeds = torch.randint(2**62, (len(scripts),), generator=random).tolist()
+        return Rollout(self.engine, together(scripts), seeds, self.keep, self.options.reminders)
+
+    def ended(self) -> None:
+        """Called when a stream is over."""
+
+    def last_chunks(self, clip: Clip) -> Clip:
+        """A clip's last `chunks` chunks, as a network that sees whole clips was trained on them."""
+        surplus = clip.latents.shape[1] - self.options.chunks * self.size
+        if surplus <= 0:
+            return clip
+        latents = clip.latents[:, surplus:]
+        if self.options.opening:  # a video's first latent frame is an image; inside a stream it is four frames
+            with torch.no_grad():
+                shown = self.codec.decode(clip.latents[:, : surplus + 1].detach().to(self.codec.dtype))
+                image = self.codec.encode(shown[:, -1:])
+            latents = torch.cat((image.to(latents.dtype), latents[:, 1:]), 1)
+        prompts = clip.prompts[surplus // self.size :]
+        return replace(clip, latents=latents, past=clip.past - surplus, start=clip.start + surplus, prompts=prompts)
+
+    def reminded(self, clip: Clip) -> Clip:
+        """Name for every new chunk the earlier one that its score may see, where an entity of its prompt returns."""
+        told, first = self.stream.told(), clip.start // self.size
+        found: list[dict[int, tuple[Tensor, str]]] = []
+        for row in range(len(clip.latents)):
+            prompts = [lines[row] for lines in told]
+            chunks = {}
+            for chunk in range(first + clip.past // self.size, len(prompts)):
+                back = reminder(prompts, chunk, self.options.seen)
+                if back is not None:
+                    chunks[chunk - first] = (self.stream.made[back][row], prompts[back])
+            found.append(chunks)
+        return replace(clip, reminders=found)
+
+    # what outlives a step
+
+    def state(self) -> dict[str, Any] | None:
+        # with several processes all begin new streams together: only one of them writes the checkpoint
+        if self.stream is None or self.context.processes > 1:
+            return None
+        return {"stream": self.stream.state()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.student.refresh()
+        self.stream = Rollout.from_state(self.engine, state["stream"], self.keep, self.options.reminders)
