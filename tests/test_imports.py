@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"layout", "tree", "script", "config", "video", "pictures", "world"},
     {"memory"},
-    {"memories", "slots", "backbones", "codecs"},
+    {"memories", "slots", "backbones", "codecs", "checkpoints"},
     {"sampler", "trace", "guard", "engine", "session", "run", "models"},
     {"training", "evaluation", "server", "contract", "bench"},
     {"cli"},

@@ -5,7 +5,9 @@ Every default of `slotmemory generate` stands here. Pure data: what a model or a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -15,6 +17,14 @@ from slotmemory.errors import InputError, shorten, unknown
 from slotmemory.script import MAX_SEED
 
 Argument = bool | int | float | str | None
+
+
+def cache_folder() -> Path:
+    """Where lies what can be made again: SLOTMEMORY_CACHE, else `slotmemory` in the user's folder for such things."""
+    named = os.environ.get("SLOTMEMORY_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slotmemory"
 
 
 class Generate(BaseModel):
@@ -28,7 +38,7 @@ class Generate(BaseModel):
     budget: int | None = Field(None, ge=0, le=2**31)
     steps: int | list[int] | None = None  # None: what the model was trained for
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    scale: int = Field(8, ge=1, le=64)
+    scale: int | None = Field(None, ge=1, le=64)  # None: small videos are enlarged until they are about 640 pixels wide
     save_every: int = Field(10, ge=1, le=2**31)
     device: str | None = None  # None: a GPU where there is one
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: the fastest that loses nothing

@@ -48,6 +48,8 @@ class Engine:
     # memory arguments the model was trained for; under "for", by policy, what holds for one policy alone
     memory_defaults: Mapping[str, Any] = field(default_factory=dict)
     memory_weights: Mapping[str, Path] = field(default_factory=dict)  # files that came with the model, by policy
+    adapters: Mapping[str, Any] = field(default_factory=dict)  # LoRAs that stay switchable, by name: set their `scale`
+    any_size: bool = False  # whether the model makes other sizes than the layout's
 
     @classmethod
     def from_pretrained(
@@ -109,6 +111,11 @@ class Engine:
         if given == "none":
             return None
         return Path(given).resolve() if given else self.memory_weights.get(memories.find(name).called())
+
+    def with_layout(self, **sizes: int) -> Engine:
+        """Return the same engine for other sizes (height, width, frames_per_chunk, ...), its memory rebuilt as `none`."""
+        layout = replace(self.layout, **sizes)
+        return replace(self, layout=layout, memory=memories.build("none", layout))
 
     def with_steps(self, steps: Sequence[int] | int) -> Engine:
         schedule = self.sampler.schedule

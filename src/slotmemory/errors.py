@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 _OS_REASONS = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -67,3 +69,13 @@ def unknown(what: str, word: object, known: Iterable[str]) -> str:
     near = nearest(word, known)
     hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
     return f"unknown {what} '{shorten(word)}'; {hint}"
+
+
+def need_extra(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise InputError(f"{purpose} needs {error.name}: pip install 'slotmemory[{extra}]'") from None

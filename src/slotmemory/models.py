@@ -1,13 +1,12 @@
 """Models by name: which files make an engine, and the settings a model was trained for.
 
-A model is a folder: model.json (settings), transformer.safetensors, words.safetensors, codec.safetensors, each carrying
-its own sizes, and for memories with weights of their own memory.<name>.safetensors, carrying the arguments they were
-trained with. The embedded one, `tiny`, is a folder of the package.
+A model is a folder of ours (`checkpoints/folder.py`), a preset, or a checkpoint in any layout that `checkpoints` knows.
+The embedded one, `tiny`, is a folder of the package.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -15,29 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from slotmemory.backbones.causal_wan import CausalWan, WanConfig
-from slotmemory.codecs.base import check_tensors, read_metadata_json, read_tensors
-from slotmemory.codecs.preview import PreviewCodec
-from slotmemory.codecs.words import WordEncoder
-from slotmemory.engine import Engine
-from slotmemory.errors import InputError, shorten, unknown
+from slotmemory.backbones.causal_wan import CausalWan
+from slotmemory.checkpoints.parts import load_codec, load_text, load_transformer
+from slotmemory.checkpoints.sources import Sources, resolve
+from slotmemory.codecs.base import Codec, check_tensors, read_metadata_json, read_tensors
+from slotmemory.engine import Engine, Text
+from slotmemory.errors import InputError
 from slotmemory.layout import Layout
 from slotmemory.memory import Memory, build
 from slotmemory.sampler import Euler, FewStep, FlowSchedule
-
-# what model.json tells, beside the sizes that the weights carry
-SETTINGS = {
-    "height": int,
-    "width": int,
-    "fps": int,
-    "shift": int | float,
-    "steps": list | int,  # a few-step list, or a number of Euler steps
-    "context_noise": int | float,
-    "memory": dict,
-}
 
 
 def embedded() -> list[str]:
@@ -45,13 +31,11 @@ def embedded() -> list[str]:
     return sorted(p.parent.name for p in Path(str(files("slotmemory") / "assets")).glob("*/model.json"))
 
 
-def folder_of(name: str) -> Path:
-    """Resolve a model's name or path to its folder."""
+def find(name: str) -> Sources:
+    """Find a model's files by its name, and fetch what is not on this machine; see `checkpoints.sources.resolve`."""
     if name in embedded():
-        return Path(str(files("slotmemory") / "assets" / name))
-    if Path(name).is_dir():
-        return Path(name)
-    raise InputError(f"{unknown('model', name, embedded())}; or give a folder with model.json")
+        return replace(resolve(str(files("slotmemory") / "assets" / name)), name=name)
+    return resolve(name, embedded())
 
 
 @cache
@@ -60,35 +44,6 @@ def native_dtype() -> torch.dtype:
     flags = Path("/proc/cpuinfo")
     fast = flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    path = folder / "model.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError.from_os("read", path, error) from None
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error})") from None
-    for name, kind in SETTINGS.items():
-        value = settings.get(name) if isinstance(settings, dict) else None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{path}: '{name}' is {shorten(value)}; the file is damaged or another model's")
-    return settings
-
-
-def load_module(module_of, path: Path) -> nn.Module:
-    """Build a module from the sizes in a weights file and fill it: module_of(config as JSON text or values)."""
-    tensors, metadata = read_tensors(path)
-    try:
-        module = module_of(read_metadata_json(metadata, "config", path))
-    except (TypeError, KeyError, ValueError, AssertionError) as error:
-        raise (
-            error if isinstance(error, InputError) else InputError(f"{path}: sizes that make no model ({error})")
-        ) from None
-    check_tensors(tensors, module.state_dict(), path)
-    module.load_state_dict(tensors)
-    return module
 
 
 def memory_arguments(path: Path) -> dict[str, Any]:
@@ -111,34 +66,33 @@ def fill_memory(policy: Memory, path: Path, arguments: dict[str, Any]) -> None:
 
 def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Engine:
     """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one."""
-    folder = folder_of(name)
-    settings = settings_of(folder)
+    sources = find(name)
     if dtype is None:
         dtype = native_dtype() if device.type == "cpu" else torch.bfloat16
-
-    def ready(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-        return module.to(device, dtype).eval().requires_grad_(False)
-
-    backbone = load_module(
-        lambda values: CausalWan(WanConfig.from_json(json.dumps(values))), folder / "transformer.safetensors"
-    )
-    # a few words per prompt cost nothing, and stay exact
-    words = load_module(lambda values: WordEncoder(**values), folder / "words.safetensors")
-    codec = ready(PreviewCodec.load(folder / "codec.safetensors"), dtype)
-    engine = assemble(ready(backbone, dtype), codec, ready(words, torch.float32), settings)
-    files = {path.name.split(".")[1]: path for path in folder.glob("memory.*.safetensors")}
-    return replace(engine, memory_weights=files)
+    backbone, adapters = load_transformer(sources, device, dtype)
+    codec = load_codec(sources.codec).to(device, dtype).eval().requires_grad_(False)
+    text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device)
+    engine = assemble(backbone, codec, text, sources.settings)
+    return replace(engine, memory_weights=sources.memories, adapters=adapters)
 
 
-def assemble(backbone: CausalWan, codec: PreviewCodec, words: WordEncoder, settings: dict[str, Any]) -> Engine:
+def assemble(backbone: CausalWan, codec: Codec, text: Text, settings: Mapping[str, Any]) -> Engine:
     """Put trained parts together with the settings they were trained for."""
     config = backbone.config
+    if codec.latent_channels != config.in_dim:
+        raise InputError(
+            f"the codec makes {codec.latent_channels} latent channels, the transformer takes {config.in_dim}; they are "
+            "parts of different models"
+        )
     layout = Layout(
         settings["height"],
         settings["width"],
         settings["fps"],
+        spatial_stride=codec.space_stride,
+        temporal_stride=codec.time_stride,
         latent_channels=config.in_dim,
         patch=config.patch,
+        frames_per_chunk=settings.get("frames_per_chunk", 3),
         layers=config.num_layers,
         heads=config.num_heads,
         head_dim=config.head_dim,
@@ -148,25 +102,11 @@ def assemble(backbone: CausalWan, codec: PreviewCodec, words: WordEncoder, setti
     return Engine(
         backbone,
         codec,
-        words,
+        text,
         Euler(steps, schedule) if isinstance(steps, int) else FewStep(tuple(steps), schedule),
         build("none", layout),
         layout,
         settings["context_noise"],
         settings["memory"],
+        any_size=settings.get("any_size", False),
     )
-
-
-def pack(folder: Path, parts: dict[str, Path], settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a model folder from exported weights: parts by name (transformer, words, codec, ...), stored in `dtype`.
-
-    Statistics and other tensors of one axis stay fp32: they are small, and rounding them shows.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, path in parts.items():
-        tensors, metadata = read_tensors(path)
-        stored = {k: t.to(dtype) if t.is_floating_point() and t.ndim > 1 else t for k, t in tensors.items()}
-        partial = folder / f"{name}.safetensors.partial"
-        save_file({k: t.contiguous() for k, t in stored.items()}, partial, metadata)
-        partial.replace(folder / f"{name}.safetensors")
-    (folder / "model.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

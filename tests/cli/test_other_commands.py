@@ -33,7 +33,7 @@ def test_doctor_names_versions_device_and_weights(slotmemory, model):
 def test_doctor_says_what_is_wrong_with_the_weights(slotmemory, tmp_path):
     (tmp_path / "model").mkdir()
     done = slotmemory("doctor", "--model", "model")
-    assert done.status == 2 and "not usable" in done.out and "model.json: no such file" in done.err
+    assert done.status == 2 and "not usable" in done.out and "holds no transformer: expected model.json" in done.err
 
 
 def test_train_goes_on_where_it_ended_and_fresh_refuses(slotmemory, tmp_path):

@@ -13,9 +13,9 @@ def doctor(model: str = typer.Option("tiny", help="A model's name or folder.")) 
 
     from slotmemory import __version__
     from slotmemory.cli.dry_run import size
-    from slotmemory.cli.prepare import digest, dtype_for, find_device
+    from slotmemory.cli.prepare import dtype_for, find_device
     from slotmemory.errors import InputError
-    from slotmemory.models import folder_of, load
+    from slotmemory.models import find, load
     from slotmemory.run import git_commit
 
     device = find_device(None)
@@ -32,10 +32,11 @@ def doctor(model: str = typer.Option("tiny", help="A model's name or folder.")) 
     for name, value in rows:
         typer.echo(f"{name:<11}{value}")
     try:
-        folder = folder_of(model)
-        total = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        sources = find(model)
+        total = sum(path.stat().st_size for path in sources.files())
         load(model, torch.device("cpu"), torch.float32)  # every tensor is read and checked
-        typer.echo(f"{'model':<11}{model}: {folder}, {size(total)}, checksum {digest(folder)}")
+        place = sources.transformer.parent
+        typer.echo(f"{'model':<11}{model}: {place}, {size(total)}, checksum {sources.fingerprint()}")
     except InputError as error:
         typer.echo(f"{'model':<11}{model}: not usable")
         raise InputError(f"model '{model}': {error}") from error

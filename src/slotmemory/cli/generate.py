@@ -45,7 +45,7 @@ def generate(
     seconds: float = typer.Option(10.0, help="... and how long to show it."),
     like: Path | None = typer.Option(None, metavar="RUN", help="Repeat a run exactly; other options change it."),
     out: Path | None = typer.Option(None, metavar="FOLDER", help="Where to; default: a new folder in runs/."),
-    model: str | None = typer.Option(None, help="A name or a folder; default: tiny."),
+    model: str | None = typer.Option(None, help="A preset, folder, file, or org/name of the Hub; default: tiny."),
     memory: str | None = typer.Option(None, help="A name (see `slotmemory memories`) or a .py file; default: slots."),
     argument: list[str] = typer.Option(
         [], "-m", metavar="KEY=VALUE", help="An argument of the memory, also as --memory.KEY VALUE; repeatable."
@@ -53,7 +53,9 @@ def generate(
     budget: int | None = typer.Option(None, help="Tokens that a layer may read from memory."),
     steps: str | None = typer.Option(None, help="1000,750,500,250: a few-step list; 20: so many Euler steps."),
     seed: int | None = typer.Option(None, help="Same seed, same video; default: the script's, else a new one."),
-    scale: int | None = typer.Option(None, help="Enlarge the video by a whole number; default: 8."),
+    scale: int | None = typer.Option(
+        None, help="Enlarge the video by a whole number; default: until it is about 640 wide."
+    ),
     save_every: int | None = typer.Option(None, help="Save the state every so many chunks; default: 10."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from slotmemory import memory as memories
 from slotmemory.config import Argument, Generate, check_arguments, generate_options
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError, shorten
-from slotmemory.models import embedded, folder_of, native_dtype
+from slotmemory.layout import Layout
+from slotmemory.models import find, native_dtype
 from slotmemory.sampler import FewStep
 from slotmemory.script import Schedule, Script
 from slotmemory.session import Session
@@ -41,17 +41,16 @@ def prepare(script: Script, options: Generate) -> Prepared:
     dtype = options.dtype or dtype_for(device)[0]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    folder = folder_of(options.model)
-    # a recipe is read from any working directory
-    model = options.model if options.model in embedded() else str(folder.resolve())
+    sources = find(options.model)
+    model = sources.name  # a recipe is read from any working directory
     memory = str(Path(options.memory).resolve()) if options.memory.endswith(".py") else options.memory
     policy = memories.find(options.memory)
     check_arguments(options.memory, options.arguments, memories.arguments(policy))
 
     engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=DTYPES[dtype])
+    engine = _sized(script, engine)
     arguments = {**memories.arguments(policy), **engine.defaults_for(memory, dict(options.arguments))}
     engine = _with_memory(engine, memory, options.budget, arguments)
-    _check_size(script, engine)
     seed = options.seed
     if seed is None:
         seed = secrets.randbelow(2**31)
@@ -63,13 +62,13 @@ def prepare(script: Script, options: Generate) -> Prepared:
         "budget": options.budget,
         "steps": list(sampler.steps) if isinstance(sampler, FewStep) else sampler.count,
         "seed": seed,
-        "scale": options.scale,
+        "scale": options.scale or _scale(engine.layout),
         "save_every": options.save_every,
         "device": str(device),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
     }
-    found = {"tokens": engine.memory.budget, "weights": digest(folder), "torch": str(torch.__version__)}
+    found = {"tokens": engine.memory.budget, "weights": sources.fingerprint(), "torch": str(torch.__version__)}
     options = generate_options(resolved)
     session = engine.session(script, seed)
     return Prepared(script, options, engine, session, script.schedule(engine.layout), {**resolved, **found})
@@ -97,17 +96,6 @@ def dtype_for(device: torch.device) -> tuple[str, str]:
     return "fp32", "this processor does not multiply bf16 natively"
 
 
-def digest(folder: Path) -> str:
-    """Name a model's weights by their content: 16 digits of a SHA-256 over its files."""
-    total = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "model.json"]):
-        try:
-            total.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        except OSError as error:
-            raise InputError.from_os("read", path, error) from None
-    return total.hexdigest()[:16]
-
-
 def _with_memory(engine: Engine, name: str, budget: int | None, arguments: Mapping[str, Argument]) -> Engine:
     try:
         return engine.with_memory(name, budget, **arguments)
@@ -119,12 +107,21 @@ def _with_memory(engine: Engine, name: str, budget: int | None, arguments: Mappi
         raise InputError(f"memory '{name}' cannot be made with {given}: {said}") from error
 
 
-def _check_size(script: Script, engine: Engine) -> None:
+def _sized(script: Script, engine: Engine) -> Engine:
+    """The engine for the size that the script asks for; a model that was trained for one size makes no other."""
     layout = engine.layout
-    for name, size in (("width", layout.width), ("height", layout.height)):
-        asked = script.options.get(name, size)
-        if asked != size:
-            raise InputError(
-                f"options: {name}: this model makes {layout.width}x{layout.height} pixels, got {asked}; "
-                "leave it out and enlarge with --scale"
-            )
+    asked = {name: script.options.get(name, getattr(layout, name)) for name in ("width", "height")}
+    other = [name for name, size in asked.items() if size != getattr(layout, name)]
+    if not other:
+        return engine
+    if not engine.any_size:
+        raise InputError(
+            f"options: {other[0]}: this model makes {layout.width}x{layout.height} pixels, got {asked[other[0]]}; "
+            "leave it out and enlarge with --scale"
+        )
+    return engine.with_layout(**asked)
+
+
+def _scale(layout: Layout) -> int:
+    """How much a video is enlarged unless it is asked for: small ones until they are about 640 pixels wide."""
+    return max(1, 640 // layout.width)

@@ -105,14 +105,23 @@ def read_metadata_json(metadata: Mapping[str, str], key: str, path: str | Path) 
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise a one-line ValueError naming the first tensor that is missing, misshapen or unknown."""
-    for name, tensor in expected.items():
-        if name not in found:
-            raise InputError(f"{path} lacks the tensor {name!r}: expected shape {tuple(tensor.shape)}, found none")
-        if found[name].shape != tensor.shape:
-            raise InputError(
-                f"{path}: tensor {name!r} has shape {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-            )
-    for name, tensor in found.items():
-        if name not in expected:
-            raise InputError(f"{path} has an unknown tensor {name!r} of shape {tuple(tensor.shape)}, expected none")
+    """Raise a one-line ValueError naming the first tensor that is missing, misshapen or unknown, and how many more are."""
+
+    def more(names: list[str]) -> str:
+        return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+    missing = [name for name in expected if name not in found]
+    if missing:
+        shape = tuple(expected[missing[0]].shape)
+        raise InputError(f"{path} lacks the tensor {missing[0]!r}: expected shape {shape}, found none{more(missing)}")
+    misshapen = [name for name, tensor in expected.items() if found[name].shape != tensor.shape]
+    if misshapen:
+        name = misshapen[0]
+        raise InputError(
+            f"{path}: tensor {name!r} has shape {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+            f"{more(misshapen)}"
+        )
+    surplus = [name for name in found if name not in expected]
+    if surplus:
+        shape = tuple(found[surplus[0]].shape)
+        raise InputError(f"{path} has an unknown tensor {surplus[0]!r} of shape {shape}, expected none{more(surplus)}")

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from slotmemory.checkpoints.folder import pack
 from slotmemory.errors import InputError
-from slotmemory.models import pack
 from slotmemory.training.look import SETTINGS
 
 
