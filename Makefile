@@ -57,5 +57,5 @@ $(PACKAGE): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(TOOLS): $(PACKAGE)
-	@$(PIP) install --quiet --editable '.[dev]'
+	@$(PIP) install --quiet --editable '.[dev,wan]'
 	@touch $@

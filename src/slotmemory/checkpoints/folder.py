@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from slotmemory.codecs.base import read_tensors
@@ -70,6 +71,9 @@ def write_part(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str,
         partial.replace(path)
     except OSError as error:
         raise InputError.from_os("write", path, error) from None
+    except SafetensorError as error:  # a full disk, among others
+        partial.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {shorten(str(error), 120)}") from None
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

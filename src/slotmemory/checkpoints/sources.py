@@ -142,6 +142,14 @@ def resolve(name: str, others: Iterable[str] = ()) -> Sources:
     return _of_address(address, name)
 
 
+def adapter(place: str, scale: float = 1.0, merge: bool = True) -> AdapterFile:
+    """An adapter by its path or its address on the Hub; a folder in peft's layout is taken for the file in it."""
+    folder_of_peft = Path(place).expanduser()
+    if folder_of_peft.is_dir():
+        place = str(folder_of_peft / "adapter_model.safetensors")
+    return AdapterFile(_places([place], "adapter")[place], scale, merge)
+
+
 def _own(place: Path) -> Sources:
     """A folder of ours."""
     settings = folder.settings_of(place)
@@ -266,7 +274,7 @@ def _places(wanted: list[str], name: str) -> dict[str, Path]:
         if path.is_file():
             here[text] = path
         elif address is None or address.file is None:
-            raise InputError(f"model {shorten(name, 120)}: no file {shorten(text, 200)}")
+            raise InputError(f"{shorten(name, 120)}: no file {shorten(text, 200)}")
         else:
             addresses[text] = address
     fetched = hub.fetch(addresses.values()) if addresses else {}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from slotmemory.checkpoints import names
-from slotmemory.checkpoints.files import flat, read_config, read_tree
+from slotmemory.checkpoints.files import flat, read_tree, told_of
 from slotmemory.checkpoints.layouts import kind_of
 from slotmemory.codecs.base import State, check_tensors, num_latents
 from slotmemory.errors import InputError, need_extra
@@ -124,22 +124,22 @@ class WanVAE(nn.Module):
         return {"kind": KIND, "config": json.dumps(config)}
 
     @classmethod
-    def load(cls, path: Path, config: Mapping[str, Any] | None = None) -> WanVAE:
+    def load(cls, path: Path) -> WanVAE:
         """Read weights: `Wan2.1_VAE.pth` in the original names, or diffusers' names with its config.json beside them.
 
         Sizes come from the tensors where nothing tells them. Raises InputError for another model's file, a missing,
         surplus or misshapen tensor.
         """
         module = need_extra("diffusers.models.autoencoders.autoencoder_kl_wan", "wan", "the Wan VAE")
-        tensors = flat(read_tree(path), path)
+        tensors, config = flat(read_tree(path), path), {}
         if "decoder.conv1.weight" in tensors and "conv2.weight" in tensors:
             tensors = {name: tensors[stored] for stored, name in names.autoencoder(tensors).items()}
         elif "decoder.conv_in.weight" not in tensors or "post_quant_conv.weight" not in tensors:
             raise InputError(f"{path} is {kind_of(tensors)}, expected the Wan 2.1 video autoencoder")
-        elif config is None:
-            config = read_config(path.parent / "config.json")
+        else:
+            config = told_of(path)
         try:
-            known = {key: value for key, value in (config or {}).items() if key in _arguments(module.AutoencoderKLWan)}
+            known = {key: value for key, value in config.items() if key in _arguments(module.AutoencoderKLWan)}
             with torch.device("meta"):
                 model = module.AutoencoderKLWan(**(known or _sizes(tensors, path)))
         except (TypeError, ValueError, IndexError) as error:
