@@ -73,7 +73,7 @@ def test_asked_for_frames_are_clean_and_all_others_hidden(objective, monkeypatch
     )
     item = objective.pool.at(0)[0]
     latents, weights, prompts = objective.clips([item], random(1))
-    objective.query(latents, weights, prompts, random(2))
+    objective.query(latents, weights, prompts, random(5))  # frames 0 to 3
     same = (seen["latents"] == latents).flatten(2).all(-1)[0]
     asked = torch.zeros(9, dtype=torch.bool)
     asked[seen["frames"].flatten()] = True
