@@ -23,12 +23,12 @@ SETTINGS = {
 WORDS = {"dim": 8, "length": 12, "heads": 2}
 
 
-def write_model(folder: Path, **settings) -> Path:
+def write_model(folder: Path, seed: int = 0, **settings) -> Path:
     """Write a random model: model.json and transformer, words and codec with their sizes; settings change model.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").write_text(json.dumps(SETTINGS | settings))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = WanConfig(
             dim=16, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=12, patch=(1, 1, 1)
         )
