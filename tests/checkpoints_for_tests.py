@@ -199,6 +199,9 @@ def write_tokenizer(path: Path) -> Path:
     return path
 
 
+COMPANIONS = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json")
+
+
 def write_wan_companions(folder: Path) -> Path:
     """Codec, text encoder and tokenizer as a Wan release holds them."""
     write_vae(folder / "Wan2.1_VAE.pth")

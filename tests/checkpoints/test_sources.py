@@ -12,7 +12,13 @@ from slotmemory.checkpoints.sources import Parts, classify, resolve
 from slotmemory.errors import InputError
 from tests import checkpoints_for_tests as tiny
 
-WAN = ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "config.json", "LICENSE.txt", "google/umt5-xxl/tokenizer.json"]
+WAN = [
+    "Wan2.1_VAE.pth",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    "config.json",
+    "LICENSE.txt",
+    "google/umt5-xxl/tokenizer.json",
+]
 WAN += ["google/umt5-xxl/spiece.model", "assets/logo.png", "examples/i2v_input.JPG"]
 COMPANIONS = dict(codec=WAN[0], text=WAN[1], tokenizer=WAN[4])
 SHARDS = [f"diffusion_pytorch_model-0000{i}-of-00006.safetensors" for i in range(1, 7)]
@@ -194,13 +200,19 @@ def test_a_preset_file_takes_over_what_it_does_not_say(monkeypatch, tmp_path):
     path = preset(
         tmp_path,
         like="longlive",
-        lora=[{"file": "Efficient-Large-Model/LongLive-1.3B/models/lora.pt"}, {"file": "style.safetensors", "scale": 0.5, "merge": False}],
+        lora=[
+            {"file": "Efficient-Large-Model/LongLive-1.3B/models/lora.pt"},
+            {"file": "style.safetensors", "scale": 0.5, "merge": False},
+        ],
         codec="madebyollin/taehv/taew2_1.pth",
         width=640,
     )
     sources = resolve(str(path))
     assert sources.name == str(path) and sources.part == "generator" and sources.settings["width"] == 640
-    assert [(a.path.name, a.scale, a.merge) for a in sources.loras] == [("lora.pt", 1.0, True), ("style.safetensors", 0.5, False)]
+    assert [(a.path.name, a.scale, a.merge) for a in sources.loras] == [
+        ("lora.pt", 1.0, True),
+        ("style.safetensors", 0.5, False),
+    ]
     assert "madebyollin/taehv/taew2_1.pth" in asked and sources.loras[1].path == tmp_path / "style.safetensors"
 
 

@@ -32,7 +32,9 @@ def convert(sources: Sources, out: Path, dtype: torch.dtype | None = torch.bfloa
     """
     alone = out.suffix == ".safetensors"
     if alone and any(not adapter.merge for adapter in sources.loras):
-        raise InputError(f"{out} is a single file, an adapter that stays switchable needs a folder; give one, or merge it")
+        raise InputError(
+            f"{out} is a single file, an adapter that stays switchable needs a folder; give one, or merge it"
+        )
     if not alone and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists; choose a folder that does not, or an empty one")
     config, tensors, kept = _transformer(sources, say)
@@ -60,9 +62,7 @@ def convert(sources: Sources, out: Path, dtype: torch.dtype | None = torch.bfloa
 def _transformer(sources: Sources, say: Say) -> tuple[WanConfig, dict[str, Tensor], list[tuple[Lora, float]]]:
     """Sizes, tensors with the adapters merged that are to be, and the adapters that are not."""
     say(f"reading {sources.transformer}")
-    config, tensors = read_transformer(
-        sources.transformer, sources.part, told_of(sources.transformer), sources.size
-    )
+    config, tensors = read_transformer(sources.transformer, sources.part, told_of(sources.transformer), sources.size)
     kept = []
     for adapter in sources.loras:
         say(f"{'merging' if adapter.merge else 'reading'} {adapter.path}, scale {adapter.scale:g}")

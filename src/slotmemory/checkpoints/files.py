@@ -182,6 +182,8 @@ def flat(tree: Any, where: Path, part: str | None = None) -> dict[str, Tensor]:
         if name is None:
             raise InputError(f"{where} holds {held}; expected tensors by name, or one of {', '.join(PARTS)}")
         tree, part = tree[name], None
+    if part is not None:
+        raise InputError(f"{where} has no part '{part}'; it holds one network's tensors and nothing else")
     if not isinstance(tree, Mapping):
         raise InputError(f"{where} holds a {type(tree).__name__}, expected tensors by name")
     return {str(name): value for name, value in tree.items() if isinstance(value, Tensor)}

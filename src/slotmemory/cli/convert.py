@@ -46,8 +46,7 @@ def _adapter(text: str):
 
     file, equals, scale = text.partition("=")
     try:
-        return adapter(file, float(scale) if equals else 1.0)
-    except ValueError as error:
-        raise error if isinstance(error, InputError) else InputError(
-            f"--lora {shorten(text)}: the scale is no number; write FILE=0.8"
-        ) from None
+        strength = float(scale) if equals else 1.0
+    except ValueError:
+        raise InputError(f"--lora {shorten(text)}: the scale is no number; write FILE=0.8") from None
+    return adapter(file, strength)
