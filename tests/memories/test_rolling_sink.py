@@ -50,7 +50,9 @@ def test_the_mirror_turns_at_both_ends():
     assert mirror(torch.arange(9), 3).tolist() == [0, 1, 2, 2, 1, 0, 0, 1, 2]
 
 
-@pytest.mark.parametrize("frames, first, recent", [(0, 0, 0), (1, 1, 0), (3, 2, 1), (9, 6, 3), (12, 9, 3), (99, 18, 3)])
+@pytest.mark.parametrize(
+    "frames, first, recent", [(0, 0, 0), (1, 1, 0), (2, 2, 0), (3, 2, 1), (9, 6, 3), (12, 9, 3), (99, 18, 3)]
+)
 def test_a_budget_pays_for_what_is_held(frames, first, recent):
     memory = build("rolling_sink", LAYOUT, frames * PER_FRAME)
     state = list(stream(memory, 9))[-1]

@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from slotmemory.cli import doctor, generate, memories, train
+from slotmemory.cli import bench, convert, doctor, generate, memories, train
 from slotmemory.errors import InputError, shorten
 
 UsageError = typer.BadParameter.__base__  # typer carries its own copy of click in some releases, click itself in others
@@ -27,7 +27,9 @@ app = typer.Typer(
 app.command("generate", cls=generate.WithMemoryArguments)(generate.generate)
 app.command("resume")(generate.resume)
 app.add_typer(memories.app, name="memories")
+app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.command("doctor")(doctor.doctor)
 
 
