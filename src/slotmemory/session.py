@@ -206,7 +206,7 @@ class Session:
             raise
         return chunk
 
-    @torch.no_grad()
+    @_recording_if_asked
     def prefill(self, latents: Tensor) -> None:
         """Take known clean latents [B, F, C, h, w] as the stream's past (video continuation); nothing is decoded."""
         step = self.engine.layout.frames_per_chunk

@@ -9,7 +9,7 @@ from slotmemory.errors import InputError
 from slotmemory.sampler import Euler, FlowSchedule
 from slotmemory.slots import Grouper
 from slotmemory.slots.learning import Learning, Lesson, effective_rank, losses
-from slotmemory.training import distribution_matching, long_tuning, loop, ode, slots
+from slotmemory.training import distribution_matching, long_tuning, loop, ode, slots, slots_warm_up
 from slotmemory.training.prompts import PromptFile, Stories, open_source, reminder, together
 from slotmemory.training.recipe import objectives, parse_recipe
 
@@ -191,15 +191,19 @@ def test_slots_of_finished_streams_become_negatives_and_no_others(micro, other):
     sizes = []
     for number in range(8):
         step(objective, number)
-        sizes.append(objective.queue.shape[1])
+        sizes.append(objective.lessons.queue.shape[1])
     # the first step makes two clips; a stream of three clips of two slots each ends with clips 4, 7 and 10
     assert sizes == [0, 0, 6, 6, 6, 12, 12, 12]
-    assert objective.learning(0).negatives is objective.queue
+    assert objective.memory.learning.negatives.shape[1] == 12
 
 
 def test_the_confidence_threshold_rises_to_its_value(micro, other):
     objective = build(slots, micro, other, threshold_from=0.2, threshold=0.5, threshold_steps=10, **SHORT)
-    assert [round(objective.learning(n).threshold, 3) for n in (0, 5, 10, 50)] == [0.2, 0.35, 0.5, 0.5]
+    found = []
+    for number in (0, 5, 10, 50):
+        objective.lessons.at(number)
+        found.append(round(objective.memory.learning.threshold, 3))
+    assert found == [0.2, 0.35, 0.5, 0.5]
 
 
 def test_a_slotcontrast_checkpoint_starts_grouper_and_keeps_its_scale(micro, other, tmp_path):
@@ -223,6 +227,17 @@ def test_a_slotcontrast_checkpoint_starts_grouper_and_keeps_its_scale(micro, oth
     with pytest.raises(InputError, match=r"has 2 slots, the memory 3; set memory_options: \{slots: 2\}"):
         options = {"grouper": str(tmp_path / "slotcontrast.ckpt"), "memory_options": {"slots": 3}}
         build(slots, micro, other, **options, **SHORT)
+
+
+@pytest.mark.parametrize("on", ["world", "own"])
+def test_a_warm_up_teaches_all_of_the_slots_and_nothing_else(micro, other, on):
+    objective = build(slots_warm_up, micro, other, batch=2, on=on, chunks=3, pool=2, seconds=5.0, threshold=0.2)
+    terms = step(objective, 0)
+    assert {"slot_contrast", "slot_reconstruction", "slot_coverage"} <= set(terms)
+    assert list(objective.modules()) == ["memory.slots"]
+    assert learning(objective, "memory.slots") == {name for name, _ in objective.memory.named_parameters()}
+    assert all(p.grad is None for p in objective.transformer.parameters())
+    assert objective.lessons.queue.shape[1] == 4 and "slot_centred" in step(objective, 1)
 
 
 def lesson(**changes) -> Lesson:

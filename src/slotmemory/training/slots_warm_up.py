@@ -1,0 +1,98 @@
+"""A warm-up for slots: bind what a fixed transformer shows of whole videos, before slots take part in any rollout.
+
+Each step shows the memory clips chunk by chunk, one clean pass each (`Session.prefill`), and teaches it by its own losses,
+contrast and reconstruction. Nothing else learns. `on: world` shows narratives; `on: own` what the model makes itself.
+Slots that come from elsewhere (SlotContrast) do not need it; slots that start at random would be frozen at random in
+SlotMemory's first stage without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from slotmemory.training import loop
+from slotmemory.training.lessons import LessonOptions, Lessons, slot_arguments
+from slotmemory.training.narratives import Encoded, Pool, encode
+from slotmemory.training.prompts import together
+from slotmemory.training.rollout import Rollout, mean_of
+from slotmemory.training.student import Student, StudentOptions
+from slotmemory.world.narrative import Narrative
+from slotmemory.world.renderer import WorldSize
+
+
+class Options(StudentOptions, LessonOptions):
+    """What is shown, and how slots learn from it."""
+
+    memory: Literal["slots"] = "slots"
+    on: Literal["world", "own"] = "world"
+    seconds: float = Field(24.0, gt=0, description="length of a narrative")
+    pool: int = Field(16, ge=1, description="narratives kept per process")
+    refresh: int = Field(5, ge=1, description="steps after which one of them is replaced")
+
+
+class Objective(Student):
+    """Train the slots of a memory and nothing else."""
+
+    def __init__(self, options: Options, context: loop.Context):
+        super().__init__(options, context)
+        self.transformer.requires_grad_(False)
+        self.lessons = Lessons(options, self.memory, context, reconstruct=True)
+        self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {self.memory_name: self.memory}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def memory_arguments(self) -> dict[str, Any]:
+        return slot_arguments(self.memory)
+
+    def make(self, seed: int) -> Encoded:
+        layout = self.engine.layout
+        return encode(Narrative.random(seed, self.options.seconds, WorldSize(layout.width, layout.height)), self.codec)
+
+    def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        self.lessons.at(step)
+        losses, state = self.world(step, generator) if self.options.on == "world" else self.own(generator)
+        measured = self.lessons.note(state)
+        self.lessons.close()  # every step shows other streams
+        terms = {name: term.detach() for name, term in losses.items()}
+        return sum(losses.values()), {**terms, **measured}
+
+    def world(self, step: int, random: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Show a clip of a narrative per row."""
+        pool, size = self.pool.at(step), self.engine.layout.frames_per_chunk
+        chosen = [pool[i] for i in torch.randint(len(pool), (self.context.batch,), generator=random).tolist()]
+        picks = torch.rand(len(chosen), generator=random).tolist()
+        starts = [int(pick * max(1, item.chunks - self.options.chunks + 1)) for item, pick in zip(chosen, picks)]
+        seeds = torch.randint(2**62, (len(chosen),), generator=random).tolist()
+        session = Rollout(self.engine, {0: [""] * len(chosen)}, seeds).session
+        terms = []
+        for chunk in range(min(self.options.chunks, *(item.chunks for item in chosen))):
+            places = [start + chunk for start in starts]
+            session.prompt("\n".join(item.prompts[k] for item, k in zip(chosen, places)))
+            latents = torch.stack([item.latents[k * size : (k + 1) * size] for item, k in zip(chosen, places)])
+            session.prefill(latents.to(self.context.device))
+            terms.append(self.memory.losses(session.state))
+        return mean_of(terms), session.state
+
+    def own(self, random: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Show what the model makes."""
+        scripts = [self.source.script(self.options.chunks, random) for _ in range(self.context.batch)]
+        seeds = torch.randint(2**62, (len(scripts),), generator=random).tolist()
+        rollout = Rollout(self.engine, together(scripts), seeds)
+        return rollout.roll(self.options.chunks, len(self.options.steps) - 1).losses, rollout.session.state
+
+    def sample(self, step: int, folder) -> None:
+        """Nothing that is seen has changed."""
+
+    def state(self) -> dict[str, Any] | None:
+        return self.lessons.state() if self.context.processes == 1 else None
+
+    def resume(self, state: dict[str, Any]) -> None:
+        self.lessons.resume(state)
