@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from slotmemory.backbones.causal_wan import CausalWan
+from slotmemory.backbones.guided import Guided
 from slotmemory.checkpoints.parts import load_codec, load_text, load_transformer
 from slotmemory.checkpoints.sources import Sources, resolve
 from slotmemory.codecs.base import Codec, check_tensors, read_metadata_json, read_tensors
@@ -73,6 +74,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> E
     codec = load_codec(sources.codec).to(device, dtype).eval().requires_grad_(False)
     text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device)
     engine = assemble(backbone, codec, text, sources.settings)
+    guidance, negative = sources.settings.get("guidance", 1.0), sources.settings.get("negative", "")
+    if guidance > 1:
+        text.check(negative)  # it is encoded with the first prompts
+        engine = replace(engine, backbone=Guided(backbone, lambda: text.encode([negative])[0], guidance - 1))
     return replace(engine, memory_weights=sources.memories, adapters=adapters)
 
 

@@ -1,13 +1,18 @@
 """A checkpoint of every layout, loaded by its path alone, streams the same video; other shapes and lengths do too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from slotmemory.backbones.attention import Buffered
 from slotmemory.backbones.causal_wan import CausalWan
+from slotmemory.backbones.guided import Guided
 from slotmemory.backbones.rope import grid_positions, rotate, rotation
+from slotmemory.checkpoints import presets
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
+from slotmemory.sampler import FewStep, FlowSchedule
 from tests import checkpoints_for_tests as tiny
 
 pytest.importorskip("diffusers", reason="the Wan VAE needs diffusers: pip install 'slotmemory[wan]'")
@@ -53,9 +58,16 @@ def places(tmp_path_factory):
     return found
 
 
-def first_latents(engine, memory="none", chunks=2, **options):
+def plain(engine):
+    """The engine without what tells a release from a trainer's checkpoint: guidance and another schedule."""
+    sampler = FewStep((1000, 500), FlowSchedule(5.0))
+    return replace(engine, backbone=getattr(engine.backbone, "backbone", engine.backbone), sampler=sampler)
+
+
+def first_latents(engine, memory="none", chunks=2, guided=False, **options):
     """Latents [B, chunks F, C, h, w] of the first chunks of a small, two-step stream."""
-    engine = engine.with_layout(**SMALL).with_steps([1000, 500]).with_memory(memory, **options)
+    engine = engine.with_steps([1000, 500]) if guided else plain(engine)
+    engine = engine.with_layout(**SMALL).with_memory(memory, **options)
     session = engine.session({0: PROMPT}, 0)
     return torch.cat([session.step().latents for _ in range(chunks)], 1)
 
@@ -102,6 +114,16 @@ def test_settings_come_with_the_checkpoint(no_hub, places):
     assert (engine.memory.sink, engine.memory.window, engine.memory.recache) == (3, 12, True)
     assert engine.sampler.timesteps == pytest.approx([1000, 937.5, 833.3333, 625.0], rel=1e-5)
     assert engine.any_size and engine.text.width == tiny.CONFIG.text_dim
+
+
+def test_a_release_is_guided_away_from_its_negative_prompt(no_hub, places, expected):
+    engine = Engine.from_pretrained(str(places["wan"]), "none", dtype=torch.float32)
+    assert isinstance(engine.backbone, Guided) and engine.backbone.scale == 5  # published as guidance 6
+    assert engine.sampler.schedule.shift == 8 and engine.sampler.count == 50
+    model, away = engine.backbone.backbone, engine.text.encode([presets.find("wan2.1-1.3b").negative])[0]
+    guided = replace(engine, backbone=Guided(model, away, 5.0))
+    found = first_latents(engine, guided=True)
+    assert torch.equal(found, first_latents(guided, guided=True)) and not torch.allclose(found, expected, atol=1e-2)
 
 
 def test_another_size_of_model_than_the_preset_says_is_recognised(no_hub, places, tmp_path):

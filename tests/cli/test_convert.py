@@ -51,7 +51,7 @@ def test_a_release_makes_a_video_by_its_path(slotmemory, story, release, tmp_pat
     assert "21 frames" in done.out and (tmp_path / "run" / "video.mp4").stat().st_size > 1000
     kept = recipe(tmp_path / "run")
     assert kept["model"] == str(release / "wan") and len(kept["weights"]) == 16
-    assert len(list((tmp_path / "cache" / "text").iterdir())) == 2  # both prompts, encoded once
+    assert len(list((tmp_path / "cache" / "text").iterdir())) == 3  # both prompts and the negative one, encoded once
     again = slotmemory("generate", "--like", "run", "--out", "again")
     assert again.status == 0, again.err
     assert (tmp_path / "run" / "video.mp4").read_bytes() == (tmp_path / "again" / "video.mp4").read_bytes()

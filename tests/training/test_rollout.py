@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from slotmemory.backbones.guided import Guided
 from slotmemory.models import load
-from slotmemory.training.networks import Cast, Guided, Lines, add_lora, merged
+from slotmemory.training.networks import Cast, Lines, add_lora, merged
 from slotmemory.training.policies import InTraining
 from slotmemory.training.rollout import Rollout, engine_for
 

@@ -47,11 +47,14 @@ class Preset(Frozen):
     shift: float = Field(5.0, gt=0)
     steps: int | list[int] = [1000, 750, 500, 250]  # a number: so many Euler steps
     context_noise: float = Field(0.0, ge=0, lt=1)
+    guidance: float = Field(1.0, ge=1)  # 1: none, as distilled models need none
+    negative: str = ""  # the prompt that guidance leads away from
     memory: dict[str, Any] = {}
 
     def settings(self) -> dict[str, Any]:
         """What an engine is assembled with, beside the files."""
         names = ("height", "width", "fps", "frames_per_chunk", "shift", "steps", "context_noise", "memory")
+        names += ("guidance", "negative") if self.guidance > 1 else ()
         return {name: getattr(self, name) for name in names} | {"any_size": True}
 
 

@@ -1,4 +1,4 @@
-"""Networks in training as sessions and scores take them: cast, recomputed, guided; and where their weights come from.
+"""Networks in training as sessions and scores take them: cast, recomputed; and where their weights come from.
 
 Nothing here knows an objective.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slotmemory.backbones.attention import Pattern
 from slotmemory.backbones.causal_wan import CausalWan, Seen, TextKeys, WanConfig
 from slotmemory.checkpoints.files import load_module
 from slotmemory.checkpoints.lora import Adapter, Lora, Pair
@@ -80,25 +79,6 @@ class Cast:
 
     def _call(self, *given: Any, method: str = "forward") -> Any:
         return loop.call_with(self.module, self.weights, *given, method=method)
-
-
-class Guided:
-    """A backbone whose flow is led away from a negative prompt: cond + scale (cond - negative)."""
-
-    def __init__(self, backbone: CausalWan | Cast, negative: Tensor, scale: float):
-        """negative: the embedded prompt [1, L, C]."""
-        self.backbone, self.scale = backbone, scale
-        self.against = backbone.text_keys(negative)
-        self.dtype, self.config, self.patch_embedding = backbone.dtype, backbone.config, backbone.patch_embedding
-        self.text_keys, self.run = backbone.text_keys, backbone.run
-
-    def __call__(
-        self, latents: Tensor, timesteps: Tensor, text: TextKeys, frames: Tensor, pattern: Pattern | None = None
-    ) -> tuple[Tensor, list[Seen]]:
-        negative = [tuple(x.expand(len(latents), -1, -1, -1) for x in layer) for layer in self.against]
-        away, _ = self.backbone(latents, timesteps, negative, frames, pattern)
-        flow, seen = self.backbone(latents, timesteps, text, frames, pattern)
-        return flow + self.scale * (flow - away), seen
 
 
 class Lines:

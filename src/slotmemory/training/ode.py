@@ -20,10 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from slotmemory.backbones.guided import Guided
 from slotmemory.sampler import Draw, Euler, FlowSchedule, Predict, euler_step, flow_to_x0
 from slotmemory.training import loop
 from slotmemory.training.narratives import Pool
-from slotmemory.training.networks import Guided
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Rollout, engine_for
 from slotmemory.training.student import Student, StudentOptions
