@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from slotmemory.training import loop
 from slotmemory.training.loop import (
     Context,
     TrainingError,
@@ -18,7 +19,8 @@ from slotmemory.training.loop import (
     seed_for,
     train,
 )
-from slotmemory.training.recipe import parse_recipe
+from slotmemory.training.recipe import find_objective, parse_recipe
+from tests.disk import file_size_limit
 
 TOY = str(Path(__file__).with_name("toy.py"))
 
@@ -171,6 +173,60 @@ def test_a_run_starts_from_exported_weights(tmp_path, whole):
 def test_a_started_folder_is_not_overwritten_unasked(whole):
     with pytest.raises(ValueError, match="holds a run already"):
         train(recipe(), whole, resume=False)
+
+
+def test_a_full_disk_stops_no_training_but_its_end_and_nothing_kept_is_lost(tmp_path, whole, caplog):
+    train(recipe(steps=4), tmp_path)
+    before = (tmp_path / "checkpoint" / "last.pt").read_bytes()
+    with file_size_limit(3000), pytest.raises(TrainingError, match="is not of step 8; free some space"):
+        train(recipe(checkpoint_steps=2), tmp_path)
+    assert "the last checkpoint stays" in caplog.text
+    assert (tmp_path / "checkpoint" / "last.pt").read_bytes() == before and not list(tmp_path.rglob("*partial*"))
+    train(recipe(), tmp_path)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_a_checkpoint_is_tried_again_once_there_is_space(tmp_path, monkeypatch):
+    saves, save = [], loop._Trainer.save
+
+    def refusing(trainer):
+        saves.append(trainer.step)
+        if trainer.step == 4:
+            raise OSError(28, "No space left on device")
+        save(trainer)
+
+    monkeypatch.setattr(loop._Trainer, "save", refusing)
+    train(recipe(checkpoint_steps=2), tmp_path)
+    assert saves == [2, 4, 6, 8, 8]
+    assert torch.load(tmp_path / "checkpoint" / "last.pt", weights_only=True)["step"] == 8
+
+
+def test_a_watcher_is_told_every_step_with_what_is_left(tmp_path):
+    seen = []
+    train(recipe(), tmp_path, watch=seen.append)
+    assert [record["step"] for record in seen] == list(range(1, 9))
+    assert seen[-1]["seconds_left"] == 0 < seen[0]["seconds_left"] and "fit" in seen[0]
+
+
+def test_modules_that_a_step_does_not_train_keep_weights_momenta_and_average(tmp_path, monkeypatch):
+    monkeypatch.setattr(find_objective(TOY).Objective, "trains", lambda self, step: {"net.2"} if step else None)
+    train(recipe(steps=1), tmp_path / "one")
+    train(recipe(steps=4), tmp_path / "four")
+    for kind in ("", ".ema"):
+        one, four = weights(tmp_path / "one", kind), weights(tmp_path / "four", kind)
+        assert torch.equal(one["0.weight"], four["0.weight"]) and not torch.equal(one["2.weight"], four["2.weight"])
+
+
+def test_groups_with_a_clip_are_clipped_apart():
+    pieces = {name: torch.full((4,), 2.0) for name in ("a", "b", "c")}  # norm 4 each
+    loop.clip_gradient(pieces, [(1.0, ["a"]), (100.0, ["b"])], 2.0)
+    assert [float(pieces[name].norm()) for name in pieces] == pytest.approx([1, 4, 2])
+
+
+def test_averages_that_begin_later_do_so_at_their_full_length():
+    late, early = recipe(ema=0.99, ema_from=200), recipe(ema=0.99)
+    assert [loop.average_decay(late, step) for step in (0, 199, 200, 900)] == [0, 0, 0.99, 0.99]
+    assert [loop.average_decay(early, step) for step in (0, 10**4)] == [0.1, 0.99]
 
 
 def test_rates_warm_up_stay_and_fall_to_zero():

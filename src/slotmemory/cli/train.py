@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from slotmemory.training.journal import Watch
 
 
 def train(
@@ -31,7 +37,8 @@ def train(
     else:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        reason = run_training(loaded, folder, resume=not fresh)
+        with progress(loaded.steps) as watch:
+            reason = run_training(loaded, folder, resume=not fresh, watch=watch)
     except TrainingError as error:
         raise InputError(str(error)) from error
     except FileExistsError as error:
@@ -40,6 +47,35 @@ def train(
         typer.echo(f"slotmemory: stopped; the last step is kept in {folder}, the same command goes on", err=True)
         raise typer.Exit(130)
     typer.echo(f"weights    {folder / 'weights'}")
+
+
+@contextmanager
+def progress(steps: int) -> Iterator[Watch | None]:
+    """A bar with the losses, the pace and the time left; None where there is no terminal to draw it on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    from slotmemory.training.journal import UNSAID, duration
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    line = Column(no_wrap=True, overflow="ellipsis")
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}", table_column=line))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("the first step is being taken ...", total=steps)
+        losses: dict[str, float] = {}
+
+        def watch(record: Mapping[str, float]) -> None:
+            losses.update({name: value for name, value in record.items() if name not in UNSAID})
+            told = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            pace, left = record["steps_per_second"], duration(record["seconds_left"])
+            text = f"{record['step']}/{steps}  {pace:.2f} steps/s, {left} left  [dim]{told}"
+            bar.update(task, completed=record["step"], description=text)
+
+        yield watch
 
 
 def default_folder(recipe: Path) -> Path:

@@ -3,12 +3,14 @@
 An objective says what to train and what the loss of a step is; the loop does the rest: optimisers, schedules, averaging
 over processes, weight averaging (EMA), checkpoints, logs, clean stops. It does not know what is being learnt.
 
-A run folder holds recipe.yaml, log.jsonl, checkpoint/{last,previous}.pt, weights/<module>[.ema].safetensors, samples/.
+A run folder holds recipe.yaml, log.jsonl, tensorboard/, checkpoint/{last,previous}.pt, samples/ and
+weights/<module>[.ema].safetensors.
 Every random draw of step s on rank r comes from (seed, s, r), so a resumed run repeats the uninterrupted one bitwise.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -35,11 +37,13 @@ from torch import distributed as dist
 
 from slotmemory.codecs.base import check_tensors, read_tensors
 from slotmemory.errors import InputError
+from slotmemory.training.journal import Journal, Watch
 from slotmemory.training.recipe import Recipe, dump_recipe, find_objective, load_recipe
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RETRY = 30.0  # seconds after which a checkpoint is tried again that the disk refused
 PATIENCE = timedelta(hours=2)  # how long a rank waits for another, e.g. for rank 0 to validate
 
 
@@ -398,6 +402,22 @@ class _Trainer:
         os.replace(partial, last)
         self.export()
 
+    def try_to_save(self) -> bool:
+        """Save unless the disk refuses, which is said; the checkpoint before stays -> whether it was saved."""
+        try:
+            self.save()
+            return True
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
+                raise
+            for partial in (*self.folder.glob("checkpoint/partial.pt"), *self.folder.glob("weights/*.partial")):
+                partial.unlink(missing_ok=True)
+            why = cause if isinstance(cause, OSError) else OSError(errno.ENOSPC, "")
+            complaint = InputError.from_os("write", self.folder / "checkpoint", why)
+            log.warning("%s; training goes on from memory, the last checkpoint stays", complaint)
+            return False
+
     def export(self) -> None:
         """Write every module's trained and averaged weights as safetensors."""
         folder = self.folder / "weights"
@@ -484,15 +504,17 @@ class _Trainer:
                     self.ema[key].copy_(parameter.detach())
 
 
-def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threading.Event) -> str:
+def _run(
+    recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threading.Event, watch: Watch | None = None
+) -> str:
     """Train on one rank until done -> why it ended: steps, minutes or signal."""
     trainer = _Trainer(recipe, folder, rank)
     if not (resume and trainer.restore()) and recipe.init:
         trainer.initialise(Path(recipe.init))
     trainer.synchronise()
-    log_path = folder / "log.jsonl"
+    journal = Journal(folder, recipe.steps, recipe.max_minutes, recipe.print_seconds, watch) if rank == 0 else None
     if rank == 0:
-        _trim_log(log_path, trainer.step)
+        journal.trim(trainer.step)
         count = sum(parameter.numel() for parameter in trainer.parameters.values())
         log.info(
             "%s: %s from step %d of %d, %.2f M weights, %d process(es) of %d thread(s), %s",
@@ -500,9 +522,7 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
             recipe.precision,
         )  # fmt: skip
     before, started = trainer.minutes, time.monotonic()
-    saved, printed, reason = started, started, "steps"
-    steps_printed = trainer.step
-    file = log_path.open("a", encoding="utf-8") if rank == 0 else None
+    saved, reason = started, "steps"
 
     def minutes() -> float:
         return before + (time.monotonic() - started) / 60
@@ -516,14 +536,14 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
             if due(recipe.validate_steps):
                 results = {key: float(value) for key, value in trainer.objective.validate(trainer.step).items()}
                 if results:
-                    file.write(json.dumps({"step": trainer.step, "validate": results}) + "\n")
-                    file.flush()
-                    text = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
-                    log.info("step %d validation: %s", trainer.step, text)
+                    journal.measured(trainer.step, results)
             if due(recipe.sample_steps):
                 samples = folder / "samples" / f"{trainer.step:07d}"
-                samples.mkdir(parents=True, exist_ok=True)
-                trainer.objective.sample(trainer.step, samples)
+                try:
+                    samples.mkdir(parents=True, exist_ok=True)
+                    trainer.objective.sample(trainer.step, samples)
+                except OSError as error:
+                    log.warning("%s; no samples of step %d", InputError.from_os("write", samples, error), trainer.step)
 
     def due(interval: int) -> bool:
         return trainer.step % interval == 0 or ending
@@ -538,26 +558,14 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
             record, wants_stop = trainer.advance(minutes, stopped)
             if rank == 0:
                 now = time.monotonic()
-                record = {"step": trainer.step, **record, "minutes": minutes(), "steps_per_second": 1 / (now - begun)}
-                file.write(json.dumps(record) + "\n")
-                if now - printed >= recipe.print_seconds:
-                    pace = (trainer.step - steps_printed) / (now - printed)
-                    text = " ".join(
-                        f"{key} {value:.4g}"
-                        for key, value in record.items()
-                        if key not in ("step", "minutes", "steps_per_second")
-                    )
-                    place = f"step {trainer.step}/{recipe.steps}"
-                    log.info("%s %s | %.2f steps/s, %.1f min", place, text, pace, minutes())
-                    file.flush()
-                    printed, steps_printed = now, trainer.step
+                pace = 1 / (now - begun)
+                journal.step({"step": trainer.step, **record, "minutes": minutes(), "steps_per_second": pace})
                 if due(recipe.validate_steps) or due(recipe.sample_steps):
                     measure()
                 by_steps = recipe.checkpoint_steps and trainer.step % recipe.checkpoint_steps == 0
                 if by_steps or now - saved >= recipe.checkpoint_minutes * 60:
-                    file.flush()
-                    trainer.save()
-                    saved = time.monotonic()
+                    kept = trainer.try_to_save()
+                    saved = time.monotonic() if kept else now - recipe.checkpoint_minutes * 60 + RETRY
             if wants_stop:
                 reason = "signal"
                 break
@@ -568,25 +576,13 @@ def _run(recipe: Recipe, folder: Path, rank: int, resume: bool, stopped: threadi
                 measure()
                 with trainer.averaged():
                     trainer.objective.finish()
-            trainer.save()
+            if not trainer.try_to_save():
+                raise TrainingError(f"the last checkpoint in {folder} is not of step {trainer.step}; free some space")
             log.info("%s: stopped by %s at step %d, %.1f min", folder, reason, trainer.step, trainer.minutes)
     finally:
-        if file is not None:
-            file.close()
+        if journal is not None:
+            journal.close()
     return reason
-
-
-def _trim_log(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that is resumed."""
-    if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # half a line, written when the run was killed
-                continue
-        path.write_text("".join(kept), encoding="utf-8")
 
 
 @contextmanager
@@ -635,10 +631,10 @@ def _worker(rank: int, recipe_path: str, folder: str, resume: bool, store: str) 
         dist.destroy_process_group()
 
 
-def train(recipe: Recipe, run_folder: str | Path, resume: bool = True) -> str:
+def train(recipe: Recipe, run_folder: str | Path, resume: bool = True, watch: Watch | None = None) -> str:
     """Train as the recipe says, in and from `run_folder` -> why it ended: "steps", "minutes" or "signal".
 
-    resume=False refuses a folder that holds a checkpoint already."""
+    resume=False refuses a folder that holds a checkpoint already. watch: told every step, see `journal.Watch`."""
     folder = Path(run_folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not resume and (folder / "checkpoint" / "last.pt").exists():
@@ -659,7 +655,7 @@ def train(recipe: Recipe, run_folder: str | Path, resume: bool = True) -> str:
                 worker.start()
             _join(recipe, 0, store)
             try:
-                reason = _run(recipe, folder, 0, resume, stopped)
+                reason = _run(recipe, folder, 0, resume, stopped, watch)
             except RuntimeError as error:
                 dead = [rank for rank, worker in enumerate(workers, 1) if worker.exitcode]
                 if dead:

@@ -65,6 +65,7 @@ class Student(loop.Objective):
         self.teacher = Cast(teacher.to(context.dtype).eval().requires_grad_(False), context.dtype)
         self.engine = engine_for(self.whole, backbone=self.student)
         self.text: Lines = self.engine.text
+        self.auxiliary = self.auxiliary | {self.memory_name}
         self.source = open_source(options.prompts, options.follow)
         self.schedule = engine.sampler.schedule
 
