@@ -150,3 +150,13 @@ def test_rates_and_sizes_that_cannot_be_are_named():
         encoder(branches="bot")
     with pytest.raises(InputError, match="width=20, heads=2, span=3: width must be"):
         encoder(width=20)
+
+
+def test_in_a_differentiable_stream_the_next_chunks_gradient_reaches_the_encoder():
+    engine = toy().with_memory("history", rate="2x2x2", width=16, heads=2)
+    engine.memory.requires_grad_(True)
+    session = Session(engine, {0: "a red cat"})
+    session.differentiable = True
+    session.step()
+    session.step().latents.square().sum().backward()
+    assert engine.memory.encoder.project.weight.grad.abs().sum() > 0
