@@ -59,7 +59,7 @@ def test_a_relative_path_is_remembered_from_the_root(model, tmp_path, monkeypatc
 
 
 def test_other_arguments_than_the_trained_ones_are_refused_by_name(model):
-    with pytest.raises(InputError, match="memory 'history': rate='4x4x1', but .* was trained with rate='2x2x1'; leave"):
+    with pytest.raises(InputError, match="rate='4x4x1', but .* was trained with rate='2x2x1'; leave"):
         load(model).with_memory("history", rate="4x4x1")
 
 
