@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from slotmemory.backbones import kernels
 from slotmemory.backbones.causal_wan import CausalWan
 from slotmemory.backbones.guided import Guided
 from slotmemory.checkpoints.parts import load_codec, load_text, load_transformer
@@ -67,9 +66,7 @@ def fill_memory(policy: Memory, path: Path, arguments: dict[str, Any]) -> None:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Engine:
-    """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one.
-
-    On the device `meta` it has shapes and no numbers, for `footprint.predict`."""
+    """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one."""
     sources = find(name)
     if dtype is None:
         dtype = native_dtype() if device.type == "cpu" else torch.bfloat16
@@ -77,15 +74,11 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> E
     codec = load_codec(sources.codec).to(device, dtype).eval().requires_grad_(False)
     text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device)
     engine = assemble(backbone, codec, text, sources.settings)
-    engine = replace(engine, memory_weights=sources.memories, adapters=adapters)
     guidance, negative = sources.settings.get("guidance", 1.0), sources.settings.get("negative", "")
-    if device.type == "meta":
-        return engine
-    kernels.check(device, dtype, backbone.config.head_dim)
     if guidance > 1:
         text.check(negative)  # it is encoded with the first prompts
         engine = replace(engine, backbone=Guided(backbone, lambda: text.encode([negative])[0], guidance - 1))
-    return engine
+    return replace(engine, memory_weights=sources.memories, adapters=adapters)
 
 
 def assemble(backbone: CausalWan, codec: Codec, text: Text, settings: Mapping[str, Any]) -> Engine:
