@@ -85,7 +85,8 @@ class Engine:
 
         arguments = self.defaults_for(name, options)
         policy = memories.build(name, self.layout, budget, **arguments)
-        policy.adopt(*self.patch)
+        if self.device.type != "meta":  # else there are no numbers to take
+            policy.adopt(*self.patch)
         trained = self.weights_for(name, arguments)
         if trained is not None:
             fill_memory(policy, trained, arguments)
