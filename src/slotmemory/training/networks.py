@@ -6,7 +6,9 @@ Nothing here knows an objective.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slotmemory.backbones.causal_wan import CausalWan, Seen, TextKeys, WanConfig
+from slotmemory.backbones.guided import Guided
 from slotmemory.checkpoints.files import load_module
 from slotmemory.checkpoints.lora import Adapter, Lora, Pair
 from slotmemory.codecs.preview import PreviewCodec
@@ -32,7 +35,7 @@ class Cast:
     """A transformer with fp32 weights, run in `dtype`; a session takes it for a backbone.
 
     `refresh` casts the weights within the autograd graph; call it once before each backward pass. With `recompute`,
-    passes that carry gradients keep their inputs only and are computed again, one at a time, in the backward pass.
+    blocks keep their inputs only where gradients are recorded, and are computed again in the backward pass.
     With `keep_seen`, what the last such pass saw stays in `seen`, with its gradients.
     """
 
@@ -66,19 +69,51 @@ class Cast:
         """As `CausalWan.forward`."""
         if not torch.is_grad_enabled():
             return self._call(*given)
-        if self.recompute:
-            # patterns hold what the pass may read, unchanged for as long as it lasts: both computations see the same
-            flow, seen = checkpoint(self._call, *given, use_reentrant=False, preserve_rng_state=False)
-        else:
+        with self._recomputing() if self.recompute else nullcontext():
             flow, seen = self._call(*given)
         self.seen = seen if self.keep_seen else None
         return flow, seen
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Let every block keep its inputs only."""
+        blocks = self.module.blocks
+        for number, block in enumerate(blocks):
+            block.forward = partial(self._again, number)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def _again(self, number: int, *given: Any) -> tuple[Tensor, Seen]:
+        prefix = f"blocks.{number}."
+        weights = {f"block.{k.removeprefix(prefix)}": w for k, w in self.weights.items() if k.startswith(prefix)}
+        block = _Block(self.module.blocks[number])
+
+        # the backward pass runs it when the weights that stood in for the module's are gone, so it brings its own;
+        # a pattern holds what the pass may read, unchanged for as long as it lasts: both computations see the same
+        def run(*given: Any) -> tuple[Tensor, Seen]:
+            return torch.func.functional_call(block, weights, given)
+
+        return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
 
     def run(self, *given: Any) -> tuple[Tensor, Tensor, list[Seen]]:
         return self._call(*given, method="run")
 
     def _call(self, *given: Any, method: str = "forward") -> Any:
         return loop.call_with(self.module, self.weights, *given, method=method)
+
+
+class _Block(nn.Module):
+    """A block by the forward of its class, whatever stands in for it on the block itself."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *given: Any) -> tuple[Tensor, Seen]:
+        return type(self.block).forward(self.block, *given)
 
 
 class Lines:
@@ -129,7 +164,8 @@ def open_engine(source: str, codec: str, device: torch.device) -> Engine:
     """Load what training starts from, in fp32: a model by name or folder, or a training run, which needs `codec`."""
     folder = Path(source)
     if not (folder / "weights").is_dir():
-        return load(source, device, torch.float32)
+        engine = load(source, device, torch.float32)
+        return replace(engine, backbone=unguided(engine.backbone))
     transformer = load_transformer(source, device).eval().requires_grad_(False)
     words = load_module(lambda values: WordEncoder(**values), exported(folder, "words"))
     video = PreviewCodec.load(codec).to(device).eval().requires_grad_(False)
@@ -142,10 +178,15 @@ def load_transformer(source: str, device: torch.device, part: str = "transformer
     part: what it is called in a run; "critic" takes the transformer where there is no critic."""
     folder = Path(source) / "weights"
     if not folder.is_dir():
-        return load(source, device, torch.float32).backbone.requires_grad_(True)
+        return unguided(load(source, device, torch.float32).backbone).requires_grad_(True)
     found = part if any((folder / f"{part}{kind}.safetensors").is_file() for kind in ("", ".ema")) else "transformer"
     module = load_module(lambda values: CausalWan(WanConfig(**values)), exported(Path(source), found))
     return module.to(device)
+
+
+def unguided(backbone: Any) -> CausalWan:
+    """A loaded model's transformer itself; whoever trains or scores with it guides it as told."""
+    return backbone.backbone if isinstance(backbone, Guided) else backbone
 
 
 def add_lora(model: CausalWan, rank: int) -> None:
