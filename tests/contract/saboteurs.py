@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from slotmemory import contract
+from slotmemory.backbones.attention import Buffered
 from slotmemory.memories.everything import Everything
 from slotmemory.memories.sink import Sink
 from slotmemory.memories.window import Window
@@ -79,6 +80,15 @@ class StartsAnywhere(Window):
 class Gossips(Window):
     def read(self, state, layer, now):
         return changed(super().read(state, layer, now), values=lambda v: v.mean(0, keepdim=True).expand_as(v))
+
+
+@fails(contract.keeps_rows_apart)
+class GossipsInside(Window):
+    """Mixes the rows where nothing that is read shows it: inside attention."""
+
+    def attend(self, state, now, read, context):
+        pattern = Buffered(context)
+        return lambda layer, query, key, value, hidden: pattern(layer, query, key, value.mean(0, True).expand_as(value))
 
 
 @fails(contract.keeps_rows_apart)
@@ -186,6 +196,19 @@ class EditsInPlace(Window):
         for seen in written.layers:
             seen.keys.mul_(1)
         return super().write(state, written)
+
+
+@fails(contract.passes_gradients_to_its_parameters_only)
+class LearnsNothingInside(Window):
+    """Cuts the gradient of what it learns with, inside attention."""
+
+    def __init__(self, layout, budget=None):
+        super().__init__(layout, budget)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def attend(self, state, now, read, context):
+        pattern = Buffered(context)
+        return lambda layer, *given: self.gain.detach() * pattern(layer, *given)
 
 
 @fails(contract.passes_gradients_to_its_parameters_only)
