@@ -7,8 +7,8 @@ is asked of the finished latents alone, and only when they are not, of what was 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from slotmemory.errors import InputError, shorten
 from slotmemory.memory import Bank, Memory, Now
 
 PLAIN = (bool, int, float, str, tuple)
-Mark = tuple[str, Any, int]  # where it stands, what stands there, and a tensor's version
+Where = tuple  # (where its parent stands, how to write the step from there, the step); spelled out only in a complaint
+Mark = tuple[Where, Any, int]  # where it stands, what stands there, and a tensor's version
 
 
 class Watch:
@@ -33,12 +34,12 @@ class Watch:
         self.before: list[Mark] = []
 
     def __enter__(self) -> Watch:
-        self.before = list(marks(self.given))
+        self.before = marks(self.given)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if error is None:
-            changed = first_change(self.before, list(marks(self.given)))
+            changed = first_change(self.before, marks(self.given))
             if changed:
                 listed = re.search(r"\[(\d+)\]\.", changed)  # banks and what was seen are listed by layer
                 self.layer = int(listed[1]) if listed else None
@@ -102,23 +103,29 @@ def not_finite(memory: Memory, now: Now, read: Sequence[Sequence[Bank]]) -> Inpu
     return InputError(f"chunk {now.chunk} is not finite with memory '{memory.called()}'; it was dropped")
 
 
-def marks(tree: Any, where: str = "") -> Iterator[Mark]:
+def marks(tree: Any, where: Where = (), found: list[Mark] | None = None) -> list[Mark]:
     """List a tree's leaves: tensors with their version, which every edit in place raises, and plain values."""
+    found = [] if found is None else found
     if isinstance(tree, Tensor):
-        yield where, tree, 0 if tree.is_inference() else tree._version
+        found.append((where, tree, 0 if tree.is_inference() else tree._version))
     elif isinstance(tree, dict):
-        yield where, tuple(tree), 0
+        found.append((where, tuple(tree), 0))
         for key, value in tree.items():
-            yield from marks(value, f"{where}[{key!r}]" if where else str(key))
-    elif is_dataclass(tree) or hasattr(tree, "_fields"):
-        for name in getattr(tree, "_fields", None) or [field.name for field in fields(tree)]:
-            yield from marks(getattr(tree, name), f"{where}.{name}")
+            marks(value, (where, "[%r]" if where else "%s", key), found)
+    elif is_dataclass(tree) or hasattr(tree, "_asdict"):
+        for name, value in (tree._asdict() if isinstance(tree, tuple) else vars(tree)).items():
+            marks(value, (where, ".%s", name), found)
     elif isinstance(tree, list | tuple):
-        yield where, len(tree), 0
+        found.append((where, len(tree), 0))
         for i, value in enumerate(tree):
-            yield from marks(value, f"{where}[{i}]")
+            marks(value, (where, "[%d]", i), found)
     else:
-        yield where, tree, 0
+        found.append((where, tree, 0))
+    return found
+
+
+def spelled(where: Where) -> str:
+    return spelled(where[0]) + where[1] % (where[2],) if where else ""
 
 
 def first_change(before: Sequence[Mark], after: Sequence[Mark]) -> str | None:
@@ -126,5 +133,5 @@ def first_change(before: Sequence[Mark], after: Sequence[Mark]) -> str | None:
     for (where, old, version), (_, new, now) in zip(before, after):
         same = old is new or (type(old) is type(new) and isinstance(old, PLAIN) and old == new)
         if not same or version != now:
-            return where
+            return spelled(where)
     return None if len(before) == len(after) else "its state"

@@ -20,7 +20,7 @@ from slotmemory.bench.choices import Case, case
 from slotmemory.contract import Watched, tokens_of
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError, shorten
-from slotmemory.memory import held_bytes
+from slotmemory.memory import banks, held_bytes
 from slotmemory.session import Session
 
 SHOT_CHUNKS = 13
@@ -108,15 +108,15 @@ class Stream:
             return empty
         limit, note = self.case.budget, self.case.reason
         if not note and limit is not None and self.attended + self.engine.layout.tokens_per_frame <= limit:
-            note = "its arguments ask for no more" if self.attended else "it reads nothing"
+            held = tokens_of(layers[0] for _, layers in banks(self.session.state))
+            note = f"it holds {held} tokens" if held > self.attended else "it reads less than it may"
         start, end = (statistics.median(self.times[moment]) for moment in ("start", "end"))
         read, write, update = (statistics.median(self.calls[name]) for name in CALLS)
         growth = ratio(self.times["end"], control.times["end"]) / ratio(self.times["start"], control.times["start"])
-        held = held_bytes(self.session.state)
         return replace(
             empty,
             attended=self.attended,
-            held_bytes=held,
+            held_bytes=held_bytes(self.session.state),
             read_ms=read,
             write_ms=write,
             update_ms=update,

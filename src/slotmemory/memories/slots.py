@@ -110,7 +110,7 @@ class Slots(Sink):
         self.learning = Learning()
 
     def start(self, batch: int) -> State:
-        return {**super().start(batch), "slots": [], "running": None, "mass": None, "lesson": None}
+        return {**super().start(batch), "slots": [], "running": None, "mass": None, "lesson": None, "chunks": 0}
 
     # read
 
@@ -166,8 +166,9 @@ class Slots(Sink):
         lesson = None
         if torch.is_grad_enabled():
             lesson = vars(Lesson(bound, assignment, tokens, running, state["mass"], written.now.switched))
-        state = {**state, "running": bound, "mass": mass, "lesson": lesson}
-        if not self._records(written.now):
+        chunk = state["chunks"]
+        state = {**state, "running": bound, "mass": mass, "lesson": lesson, "chunks": chunk + 1}
+        if not self._records(chunk):
             return state
         chosen = select(
             assignment,
@@ -180,8 +181,8 @@ class Slots(Sink):
         old = state["slots"]
         return {**state, "slots": [a.join(b) for a, b in zip(old, new)] if old else new}
 
-    def _records(self, now: Now) -> bool:
-        chunk = now.frame // self.layout.frames_per_chunk  # counts a given past too, which has no chunk numbers
+    def _records(self, chunk: int) -> bool:
+        """chunk: how many were written before it, those of a given past too, which have no chunk numbers."""
         return chunk % self.record_every == 0 and (self.record_first or self.sink == 0 or chunk > 0)
 
     def _items(self, written: Written, layer: int, indices: Tensor, bound: Tensor, mass: Tensor) -> Bank:
