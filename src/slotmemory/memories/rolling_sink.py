@@ -56,9 +56,8 @@ class RollingSink(Memory):
             return [first]
         places = torch.arange(made - self.first, made - self.recent, device=first.born.device)
         source = mirror(places, self.first) if self.roll else torch.arange(len(places), device=places.device)
-        rows = len(first.born)
-        sink = first.take(source.expand(rows, -1)).at((places + state["start"]).expand(rows, -1))
-        return [sink, recent]
+        sink = first.map(lambda x: x[:, source])  # all rows roll together
+        return [sink.at((places + state["start"]).expand_as(sink.born)), recent]
 
     def write(self, state: State, written: Written) -> State:
         firsts, recents = [], []
