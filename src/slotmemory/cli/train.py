@@ -18,6 +18,10 @@ def train(
     out: Path | None = typer.Option(None, metavar="FOLDER", help="The run; default: runs/ and the recipe's name."),
     changes: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Change the recipe: optimizer.clip=0.5"),
     fresh: bool = typer.Option(False, "--fresh", help="Refuse a folder that holds a run, instead of going on with it."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Only say what is trained, and the memory and time it takes."
+    ),
+    tflops: float = typer.Option(400.0, min=0.001, help="For --dry-run: what a process sustains, in TFLOP/s."),
 ) -> None:
     """Train from a recipe; a folder that holds a checkpoint is gone on with."""
     import logging
@@ -30,6 +34,12 @@ def train(
 
     folder = out or default_folder(recipe)
     loaded = load_recipe(recipe, changes)
+    if dry_run:
+        from slotmemory.training.plan import plan, told
+
+        for line in told(plan(loaded), tflops):
+            typer.echo(line)
+        return
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 

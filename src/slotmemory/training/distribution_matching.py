@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from slotmemory.sampler import FlowSchedule
 from slotmemory.training import loop, scores
 from slotmemory.training.networks import Cast, add_lora, load_transformer
+from slotmemory.training.plan import Work
 from slotmemory.training.policies import InTraining
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Clip, Rollout, engine_for
@@ -71,7 +72,8 @@ class Objective(Student):
     def __init__(self, options: Options, context: loop.Context):
         super().__init__(options, context)
         start = options.critic or options.teacher or options.student
-        self.critic = load_transformer(start, context.device, "critic" if options.critic else "transformer")
+        part = "critic" if options.critic else "transformer"
+        self.critic = load_transformer(start, options.base, context.device, part)
         if options.lora:
             add_lora(self.critic, options.lora)
         self.fake = Cast(self.critic, context.dtype, options.recompute)
@@ -131,7 +133,7 @@ class Objective(Student):
             fake = self.predicted(self.fake, clip, given)
             real = self.predicted(self.teacher, clip, given)
             if o.guidance:
-                real = scores.guide(real, self.predicted(self.teacher, clip, given, o.negative), o.guidance)
+                real = scores.guide(real, self.predicted(self.teacher, clip, given, self.negative), o.guidance)
             gradient = scores.kl_gradient(given.rows.detach(), fake, real)
         loss = scores.matching_loss(given.rows, gradient, self.view.mask(clip)).float()
         return loss, {"matching": loss.detach(), "difference": (fake - real).abs().mean()}
@@ -172,6 +174,34 @@ class Objective(Student):
         """The memory's own losses, weighed; each is noted among the terms."""
         terms.update({name: term.detach() for name, term in clip.losses.items()})
         return self.options.memory_weight * sum(clip.losses.values())
+
+    # what it costs
+
+    def chunks_per_clip(self) -> float:
+        """New chunks of an average clip."""
+        return self.options.chunks
+
+    def work(self) -> list[Work]:
+        o, layout, student = self.options, self.engine.layout, self.transformer.config
+        made, passes = self.chunks_per_clip(), len(o.steps) if o.last_step_only else (len(o.steps) + 1) / 2
+        per, read = layout.tokens_per_chunk, self.memory.budget or 0
+        joint = o.score == "joint"
+        tokens = o.chunks * per if joint else per
+        keys = 0 if joint else (1 + o.seen) * per
+        rows = 1.0 if joint else 2 * made + o.seen  # clean chunks are run beside the noised ones
+
+        def scored(name: str, network, times: float, **how: bool) -> Work:
+            return Work(name, network.config, rows, tokens, keys, times, **how)
+
+        clips = 1 + 1 / o.ratio
+        teacher = (2 if o.guidance else 1) / o.ratio
+        return [
+            Work("rollouts", student, made, per, read, clips * (passes + 1) - 1 / o.ratio),
+            Work("generator", student, made, per, read, 1 / o.ratio, backward=True, recompute=o.recompute),
+            scored("real score", self.teacher, teacher),
+            scored("fake score", self.fake, 1 / o.ratio),
+            scored("critic", self.fake, 1.0, backward=True, recompute=o.recompute),
+        ]
 
     def about(self) -> str:
         return "; ".join(f"'{prompt[:60]}'" for prompt in self.told)

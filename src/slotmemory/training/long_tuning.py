@@ -87,6 +87,11 @@ class Objective(distribution_matching.Objective):
         seeds = torch.randint(2**62, (len(scripts),), generator=random).tolist()
         return Rollout(self.engine, together(scripts), seeds, self.keep, self.options.reminders)
 
+    def chunks_per_clip(self) -> float:
+        o = self.options
+        later = max(0, o.length // self.size - o.chunks) // o.new
+        return (o.chunks + later * o.new) / (1 + later)
+
     def ended(self) -> None:
         """Called when a stream is over."""
 

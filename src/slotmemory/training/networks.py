@@ -20,6 +20,7 @@ from slotmemory.backbones.causal_wan import CausalWan, Seen, TextKeys, WanConfig
 from slotmemory.backbones.guided import Guided
 from slotmemory.checkpoints.files import load_module
 from slotmemory.checkpoints.lora import Adapter, Lora, Pair
+from slotmemory.checkpoints.presets import names as preset_names
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
 from slotmemory.engine import Engine
@@ -27,7 +28,9 @@ from slotmemory.models import assemble, load
 from slotmemory.training import loop
 from slotmemory.training.look import SETTINGS
 from slotmemory.training.pack import exported
+from slotmemory.training.plan import imagine
 
+PRESETS = frozenset(preset_names())
 LORA = "lora"  # what an adapter is called inside the layer it changes
 
 
@@ -160,28 +163,40 @@ class Undecoded:
         return latents.new_zeros(len(latents), 0, 3, 1, 1), state
 
 
-def open_engine(source: str, codec: str, device: torch.device) -> Engine:
-    """Load what training starts from, in fp32: a model by name or folder, or a training run, which needs `codec`."""
+def open_engine(source: str, base: str | None, codec: str, device: torch.device) -> Engine:
+    """Load what training starts from, in fp32: a model by name or folder, or the weights of a training run.
+
+    A run's weights go with the codec, text encoder and settings of the model `base`, or else with the run's own words, a
+    codec's file and the embedded model's settings. On the device `meta` a preset is shapes alone, and a run that does not
+    exist yet has the shapes of its base."""
     folder = Path(source)
+    if device.type == "meta" and (source in PRESETS or (base in PRESETS and not folder.exists())):
+        return imagine(source if source in PRESETS else base)
     if not (folder / "weights").is_dir():
         engine = load(source, device, torch.float32)
         return replace(engine, backbone=unguided(engine.backbone))
-    transformer = load_transformer(source, device).eval().requires_grad_(False)
+    transformer = load_transformer(source, base, device).eval().requires_grad_(False)
+    if base is not None:
+        return replace(
+            imagine(base) if device.type == "meta" else load(base, device, torch.float32), backbone=transformer
+        )
     words = load_module(lambda values: WordEncoder(**values), exported(folder, "words"))
     video = PreviewCodec.load(codec).to(device).eval().requires_grad_(False)
     return assemble(transformer, video, words.to(device).eval().requires_grad_(False), SETTINGS)
 
 
-def load_transformer(source: str, device: torch.device, part: str = "transformer") -> CausalWan:
+def load_transformer(source: str, base: str | None, device: torch.device, part: str = "transformer") -> CausalWan:
     """Load a transformer alone, in fp32: from a model by name or folder, or the run folder of a training.
 
-    part: what it is called in a run; "critic" takes the transformer where there is no critic."""
-    folder = Path(source) / "weights"
-    if not folder.is_dir():
+    part: what it is called in a run; "critic" takes the transformer where there is no critic. base: as in `open_engine`."""
+    folder = Path(source)
+    if device.type == "meta" and (source in PRESETS or (base in PRESETS and not folder.exists())):
+        return imagine(source if source in PRESETS else base).backbone.requires_grad_(True)
+    if not (folder / "weights").is_dir():
         return unguided(load(source, device, torch.float32).backbone).requires_grad_(True)
-    found = part if any((folder / f"{part}{kind}.safetensors").is_file() for kind in ("", ".ema")) else "transformer"
-    module = load_module(lambda values: CausalWan(WanConfig(**values)), exported(Path(source), found))
-    return module.to(device)
+    found = any((folder / "weights" / f"{part}{kind}.safetensors").is_file() for kind in ("", ".ema"))
+    path = exported(folder, part if found else "transformer")
+    return load_module(lambda values: CausalWan(WanConfig(**values)), path).to(device)
 
 
 def unguided(backbone: Any) -> CausalWan:

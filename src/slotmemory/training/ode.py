@@ -24,6 +24,7 @@ from slotmemory.backbones.guided import Guided
 from slotmemory.sampler import Draw, Euler, FlowSchedule, Predict, euler_step, flow_to_x0
 from slotmemory.training import loop
 from slotmemory.training.narratives import Pool
+from slotmemory.training.plan import Work
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Rollout, engine_for
 from slotmemory.training.student import Student, StudentOptions
@@ -92,7 +93,7 @@ class Objective(Student):
         self.trajectory = Trajectory(options.teacher_steps, made_on, made_on.few_step(options.steps))
         backbone = self.teacher
         if options.guidance:
-            backbone = Guided(backbone, self.text.embed([options.negative])[0], options.guidance)
+            backbone = Guided(backbone, lambda: self.text.embed([self.negative])[0], options.guidance)
         self.streaming = replace(engine_for(self.whole, backbone=backbone, text=self.text), sampler=self.trajectory)
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
         self.told: list[str] = []
@@ -133,6 +134,17 @@ class Objective(Student):
         ends = torch.stack(errors).mean()
         terms = {"ends": ends.detach(), **{name: term.detach() for name, term in clip.losses.items()}}
         return ends + self.options.memory_weight * sum(clip.losses.values()), terms
+
+    def work(self) -> list[Work]:
+        o, layout = self.options, self.engine.layout
+        per, read = layout.tokens_per_chunk, self.memory.budget or 0
+        passes = len(self.trajectory.timesteps) * (2 if o.guidance else 1) + 1
+        student = self.transformer.config
+        return [
+            Work("trajectories", self.teacher.config, o.chunks, per, read, passes / o.refresh / self.context.batch),
+            Work("clean passes", student, o.chunks, per, read, 1.0),
+            Work("student", student, o.chunks, per, read, 1.0, backward=True, recompute=o.recompute),
+        ]
 
     def about(self) -> str:
         return "; ".join(f"'{prompt[:60]}'" for prompt in self.told)

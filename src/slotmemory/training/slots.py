@@ -50,7 +50,7 @@ class Objective(long_tuning.Objective):
             given = {"attn_scale": "released", **options.memory_options}
             options = options.model_copy(update={"memory_options": given})
         super().__init__(options, context)
-        if options.grouper:
+        if options.grouper and context.device.type != "meta":
             self.memory.grouper.load_state_dict(load_grouper(options.grouper, self.memory.num_slots).state_dict())
         if options.stage == 1:
             self.memory.grouper.requires_grad_(False)

@@ -14,9 +14,13 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 
+from slotmemory.checkpoints.presets import find as preset
+from slotmemory.checkpoints.presets import names as preset_names
 from slotmemory.codecs.words import WordEncoder
+from slotmemory.sampler import FewStep, FlowSchedule
 from slotmemory.training import loop
 from slotmemory.training.networks import Cast, Lines, add_lora, load_transformer, merged, open_engine
+from slotmemory.training.plan import Work
 from slotmemory.training.prompts import open_source
 from slotmemory.training.recipe import Frozen
 from slotmemory.training.rollout import engine_for
@@ -29,7 +33,14 @@ class StudentOptions(Frozen):
     teacher: str | None = Field(
         None, description="a frozen many-step teacher, likewise; none: what the student starts from"
     )
-    codec: str = Field("src/slotmemory/assets/tiny/codec.safetensors", description="beside a training run's weights")
+    base: str | None = Field(
+        None,
+        description="the model whose codec, text encoder and settings a training run's weights go with; none: see codec",
+    )
+    codec: str = Field(
+        "src/slotmemory/assets/tiny/codec.safetensors",
+        description="beside the weights of an embedded model's training run",
+    )
     prompts: str = Field("world", description="the narrative world's stories, or a file of prompts")
     follow: str | None = Field(None, description="a second file: line i continues line i of the first")
     memory: str = "sink"
@@ -40,9 +51,12 @@ class StudentOptions(Frozen):
     memory_weight: float = Field(0.2, ge=0, description="weight of the memory's own losses")
     lora: int = Field(0, ge=0, description="rank of low-rank adapters trained in place of whole networks; 0: none")
     steps: tuple[int, ...] = Field((1000, 750, 500, 250), description="the student's denoising steps")
+    shift: float | None = Field(None, gt=0, description="warp of its noise levels; none: the model's own")
     chunks: int = Field(7, ge=1, description="chunks of a clip")
     guidance: float = Field(3.0, ge=0, description="teacher: conditional + guidance (conditional - negative)")
-    negative: str = Field("", description="the negative prompt")
+    negative: str | None = Field(
+        None, description="the negative prompt; none: that of the teacher's preset, else nothing"
+    )
     recompute: bool = Field(False, description="recompute passes in the backward pass: less memory, more time")
 
 
@@ -53,21 +67,29 @@ class Student(loop.Objective):
 
     def __init__(self, options: StudentOptions, context: loop.Context):
         self.options, self.context = options, context
-        engine = open_engine(options.student, options.codec, context.device).with_steps(options.steps)
-        self.memory_given = engine.defaults_for(options.memory, options.memory_options)
-        self.whole = engine.with_memory(options.memory, options.budget, **options.memory_options)
+        engine = open_engine(options.student, options.base, options.codec, context.device)
+        shift = engine.sampler.schedule.shift if options.shift is None else options.shift
+        engine = replace(engine, sampler=FewStep(options.steps, FlowSchedule(shift)))
+        planned = context.device.type == "meta"  # nothing is read that may not exist yet
+        given = {k: v for k, v in options.memory_options.items() if not (planned and k == "weights")}
+        self.memory_given = engine.defaults_for(options.memory, given)
+        self.whole = engine.with_memory(options.memory, options.budget, **given)
         self.codec, self.words, self.memory = engine.codec, engine.text, self.whole.memory.requires_grad_(True)
         self.transformer = engine.backbone.requires_grad_(True)
         if options.lora:
             add_lora(self.transformer, options.lora)
         self.student = Cast(self.transformer, context.dtype, options.recompute)
-        teacher = load_transformer(options.teacher or options.student, context.device)
+        teacher = load_transformer(options.teacher or options.student, options.base, context.device)
         self.teacher = Cast(teacher.to(context.dtype).eval().requires_grad_(False), context.dtype)
         self.engine = engine_for(self.whole, backbone=self.student)
         self.text: Lines = self.engine.text
         self.auxiliary = self.auxiliary | {self.memory_name}
-        self.source = open_source(options.prompts, options.follow)
+        self.source = None if planned else open_source(options.prompts, options.follow)
         self.schedule = engine.sampler.schedule
+        self.negative = options.negative
+        if self.negative is None:
+            own = options.teacher or options.student
+            self.negative = preset(own).negative if own in preset_names() else ""
 
     @property
     def memory_name(self) -> str:
@@ -84,6 +106,10 @@ class Student(loop.Objective):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [group(self.memory_name, self.memory, self.options.memory_rate, self.options.memory_clip)]
+
+    def work(self) -> list[Work]:
+        """The arithmetic of an average step (`training/plan.py`); none where nobody has counted it."""
+        return []
 
     def sample(self, step: int, folder: Path) -> None:
         """Stream short scripts from their text alone, and write their filmstrips."""

@@ -1,0 +1,180 @@
+"""What a training will take, before it starts: weights trained, memory of a process, arithmetic of a step.
+
+Networks are built on the device `meta`, as shapes; of a published model nothing needs to be on this machine. Arithmetic is
+counted in matrix products; memory in what is sure (weights, gradients, averages, optimiser, what a memory reads) and an
+estimate of what the backward pass keeps. Every process holds a whole copy: nothing is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from slotmemory.backbones.causal_wan import CausalWan, WanConfig
+from slotmemory.checkpoints import presets
+from slotmemory.engine import Engine
+from slotmemory.errors import InputError
+from slotmemory.models import assemble
+
+if TYPE_CHECKING:
+    from slotmemory.training.recipe import Recipe
+    from slotmemory.training.student import Student
+
+SIZES = {"1.3B": WanConfig(), "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)}
+# of the published models: the UMT5-XXL encoder and the Wan VAE
+TEXT_PARAMETERS, CODEC_PARAMETERS = 5_680_910_336, 126_892_531
+# bytes of a trained weight: fp32 with its average, its gradient, the flat gradient that is averaged, AdamW's two moments
+TRAINED = 4 * 6
+
+
+@dataclass(frozen=True)
+class Work:
+    """Passes of a network in an average step, for one stream: `rows` rows of so many tokens, that read `keys` more."""
+
+    name: str
+    config: WanConfig
+    rows: float
+    tokens: int
+    keys: int
+    times: float
+    backward: bool = False
+    recompute: bool = False
+
+    @property
+    def flops(self) -> float:
+        # a backward pass takes twice the products of a forward pass, recomputing it once more
+        return (
+            self.rows
+            * self.times
+            * (3 + self.recompute if self.backward else 1)
+            * forward(self.config, self.tokens, self.keys)
+        )
+
+    @property
+    def kept(self) -> float:
+        """Values that the backward pass keeps of one such pass over all its rows, an estimate."""
+        c, layers = self.config, self.config.num_layers
+        block = 18 * c.dim + 3 * c.ffn_dim  # per token: norms, projections, rotations, gates, the two halves of the MLP
+        per_token = layers * c.dim + block if self.recompute else layers * block
+        return self.rows * self.tokens * per_token if self.backward else 0.0
+
+
+def forward(config: WanConfig, tokens: int, keys: int) -> float:
+    """Floating-point operations of one row's pass; a multiplication and an addition count two."""
+    dim, text = config.dim, config.text_len
+    per_token = 6 * dim * dim + 2 * dim * config.ffn_dim  # q, k, v, o; cross q and o; the MLP: products of one token
+    attended = 2 * dim * (tokens + keys + text)
+    return 2.0 * config.num_layers * tokens * (per_token + attended)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per process: parameters by module (trained, all), bytes by what holds them, operations of an average step."""
+
+    parameters: dict[str, tuple[int, int]]
+    memory: dict[str, float]
+    flops: dict[str, float]
+    steps: int
+
+    def steps_per_hour(self, tflops: float) -> float:
+        """Steps per hour at so many sustained TFLOP/s of a process."""
+        total = sum(self.flops.values())
+        return 3600 * tflops * 1e12 / total if total else float("nan")
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Plan a stage that trains a student; InputError for others, whose sizes are small and whose data is rendered."""
+    from slotmemory.training.loop import DTYPES, Context
+    from slotmemory.training.recipe import find_objective
+    from slotmemory.training.student import Student
+
+    objective = find_objective(recipe.objective).Objective
+    if not issubclass(objective, Student):
+        raise InputError(f"objective {recipe.objective} trains no student; a dry run has nothing to plan for it")
+    batch = recipe.batch // recipe.processes
+    student = objective(recipe.options, Context(batch, device=torch.device("meta"), dtype=DTYPES[recipe.precision]))
+    modules = {**student.modules(), "teacher": student.teacher.module}
+    parameters = {name: count(module.parameters()) for name, module in modules.items()}
+    return Plan(parameters, held(student, parameters, batch), arithmetic(student, batch), recipe.steps)
+
+
+def count(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Parameters that are trained, and all of them."""
+    sizes = [(p.numel() * p.requires_grad, p.numel()) for p in parameters]
+    return sum(trained for trained, _ in sizes), sum(size for _, size in sizes)
+
+
+def held(student: Student, parameters: dict[str, tuple[int, int]], batch: int) -> dict[str, float]:
+    """Bytes by what holds them."""
+    layout, dtype, work = student.engine.layout, student.context.dtype, student.work()
+    trained = sum(t for t, _ in parameters.values())
+    fixed = sum(size - t for name, (t, size) in parameters.items() if name != "teacher")
+    cast = sum(parameters[name][1] for name in ("transformer", "critic") if name in parameters)
+    read = (student.memory.budget or 0) * layout.bytes_per_token(dtype.itemsize) * batch
+    found = {
+        "trained weights": TRAINED * trained,
+        "fixed weights": 4 * fixed + dtype.itemsize * parameters["teacher"][1],
+        "weights cast for a step": 0 if dtype == torch.float32 else dtype.itemsize * cast,
+        "what the memory holds and reads": 2 * read,
+        # generator and critic are differentiated together
+        "kept for the backward pass": batch * dtype.itemsize * sum(w.kept for w in work),
+    }
+    if isinstance(student.words, Told):
+        found["text encoder and codec"] = dtype.itemsize * TEXT_PARAMETERS + 4 * CODEC_PARAMETERS
+    return found
+
+
+def arithmetic(student: Student, batch: int) -> dict[str, float]:
+    return {work.name: batch * work.flops for work in student.work()}
+
+
+# models as shapes
+
+
+class Told:
+    """Stands in for a published text encoder."""
+
+    def check(self, prompt: str) -> None:
+        pass
+
+
+class Strides:
+    """Stands in for the Wan VAE."""
+
+    space_stride, time_stride, latent_channels, dtype = 8, 4, 16, torch.float32
+
+
+def imagine(name: str) -> Engine:
+    """A published model by its preset's name, as shapes."""
+    preset = presets.find(name)
+    size = preset.size or "1.3B"
+    with torch.device("meta"):
+        backbone = CausalWan(SIZES[size])
+    return assemble(backbone.eval().requires_grad_(False), Strides(), Told(), preset.settings())
+
+
+def told(plan: Plan, tflops: float) -> list[str]:
+    """Write a plan in three lines."""
+
+    def amount(value: float) -> str:
+        return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"
+
+    parts = [f"{name} {amount(t)} of {amount(all_)}" for name, (t, all_) in plan.parameters.items() if t]
+    fixed = [f"{name} {amount(all_)}" for name, (t, all_) in plan.parameters.items() if not t and all_]
+    memory = sorted(plan.memory.items(), key=lambda item: -item[1])
+    parted = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory if size >= 5e7)
+    lines = [
+        f"trained     {', '.join(parts)}; fixed: {', '.join(fixed)}",
+        f"memory      about {sum(plan.memory.values()) / 1e9:.1f} GB per process, not sharded ({parted})",
+    ]
+    if plan.flops:
+        pace = plan.steps_per_hour(tflops)
+        shares = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in plan.flops.items())
+        lines.append(
+            f"arithmetic  {sum(plan.flops.values()) / 1e12:.3g} TFLOP per step and process ({shares}): at {tflops:g} TFLOP/s "
+            f"sustained {pace:.0f} steps per hour, {plan.steps / pace:.1f} h for {plan.steps} steps"
+        )
+    return lines

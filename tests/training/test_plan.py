@@ -1,0 +1,103 @@
+"""What a dry run says: parameters as published, arithmetic as counted, and nothing read or written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from slotmemory.backbones.attention import Buffered
+from slotmemory.backbones.causal_wan import CausalWan, WanConfig
+from slotmemory.cli.app import run
+from slotmemory.errors import InputError
+from slotmemory.training.plan import SIZES, Plan, Work, forward, plan, told
+from slotmemory.training.recipe import load_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*/*.yaml"))
+WAN = [path for path in RECIPES if path.parent.name == "wan2.1-1.3b"]
+CONFIG = WanConfig(
+    dim=64, ffn_dim=128, num_heads=2, num_layers=3, freq_dim=16, text_dim=8, text_len=6, in_dim=4, out_dim=4
+)
+
+
+def label(path):
+    return f"{path.parent.name}-{path.stem}"
+
+
+@pytest.mark.parametrize("keys", [0, 20])
+def test_the_arithmetic_of_a_pass_is_what_is_counted(keys):
+    model = CausalWan(CONFIG)
+    context = [(torch.zeros(1, keys, 2, 32), torch.zeros(1, keys, 2, 32))] * 3
+    text = model.text_keys(torch.zeros(1, 2, 8))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3), text, torch.arange(3), Buffered(context))
+    counted = counter.get_total_flops()
+    assert 0.9 * counted < forward(CONFIG, 3 * 16, keys) < counted  # embeddings and head are left out
+
+
+def test_a_backward_pass_counts_twice_and_what_is_computed_again_once_more():
+    work = Work("x", CONFIG, 2.0, 48, 0, 3.0)
+    assert work.flops == 6 * forward(CONFIG, 48, 0) and work.kept == 0
+    both, again = (Work("x", CONFIG, 2.0, 48, 0, 3.0, True, recompute) for recompute in (False, True))
+    assert both.flops == 3 * work.flops and again.flops == 4 * work.flops
+    assert again.kept == pytest.approx(both.kept / 3 + 2 * 48 * 3 * 64)  # one block at a time, and every block's input
+
+
+def test_published_sizes_have_the_published_number_of_parameters():
+    with torch.device("meta"):
+        counts = {name: sum(p.numel() for p in CausalWan(config).parameters()) for name, config in SIZES.items()}
+    assert counts == {"1.3B": 1_418_996_800, "14B": 14_288_491_584}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=label)
+def test_every_recipe_is_valid(path):
+    assert load_recipe(path).steps > 0
+
+
+@pytest.mark.parametrize("path", WAN, ids=label)
+def test_recipes_of_published_models_are_planned_without_their_files(path):
+    found = plan(load_recipe(path))
+    trained = {name: t for name, (t, _) in found.parameters.items()}
+    adapters = 30 * 256 * (8 * 2 * 1536 + 2 * (1536 + 8960))
+    stage = path.stem
+    expected = {"transformer": adapters, "critic": adapters, "teacher": 0}
+    if stage in ("ode", "distribution_matching"):
+        expected |= {"transformer": 1_418_996_800, "critic": 1_418_996_800}
+    if stage.startswith("slots"):
+        adapting = 30 * (1536 * 64 + 64 + 2 * 1536)
+        expected["memory.slots"] = adapting + (121_152 if stage == "slots_stage2" else 0)
+    if stage == "ode":
+        del expected["critic"]
+    assert trained == expected
+    assert found.memory["trained weights"] == 24 * sum(expected.values())
+    assert 50e9 < sum(found.memory.values()) < 200e9 and 100 < found.steps_per_hour(400) < 1000
+
+
+def test_published_settings_of_the_two_stages():
+    first, second = (load_recipe(p) for p in WAN if p.stem.startswith("slots"))
+    for recipe, steps, stage in ((first, 2000, 1), (second, 1000, 2)):
+        o, rates = recipe.options, recipe.optimizer
+        assert (recipe.steps, o.stage, recipe.batch, recipe.processes) == (steps, stage, 8, 8)
+        assert (rates.learning_rate, rates.betas) == (1e-5, (0, 0.999))
+        assert o.critic_rate * rates.learning_rate == pytest.approx(2e-6)
+        assert (o.memory_weight, o.ratio, o.guidance, o.steps, o.shift) == (0.2, 5, 3.0, (1000, 750, 500, 250), 5.0)
+        assert (3 * o.chunks, 3 * o.new, o.length, o.switches) == (21, 18, 240, tuple(range(21, 202, 18)))
+
+
+def test_a_dry_run_prints_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", str(WAN[-1]), "--dry-run", "--tflops", "100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["trained", "memory", "arithmetic"]
+    assert "at 100 TFLOP/s sustained" in lines[2] and not list(tmp_path.iterdir())
+
+
+def test_stages_without_a_student_have_no_plan():
+    codec = next(p for p in RECIPES if label(p) == "tiny-codec")
+    with pytest.raises(InputError, match="objective codec trains no student"):
+        plan(load_recipe(codec))
+
+
+def test_a_plan_says_hours_for_its_steps():
+    lines = told(Plan({"net": (10**6, 2 * 10**6)}, {"weights": 1e9}, {"all": 3.6e15}, 100), 1.0)
+    assert lines[2].endswith("at 1 TFLOP/s sustained 1 steps per hour, 100.0 h for 100 steps")
