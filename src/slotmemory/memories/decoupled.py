@@ -213,17 +213,20 @@ class Blocks(nn.Module):
 
         query [B, N, H, D]; key, value [B, M, H, D]; chosen [B, H, query blocks, k] block numbers -> [B, N, H, D].
         """
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # [B, H, N, D]
+        batch, _, heads, dim = query.shape
+        row = torch.arange(batch, device=query.device)[:, None, None, None] * key.shape[1]
+        head = torch.arange(heads, device=query.device)[:, None, None]
         made = []
         # a frame at a time: what is gathered is k blocks for every block of queries
-        for frame, picked in zip(q.split(self.tokens, 2), chosen.split(self.count, 2)):
-            index = (picked // self.count * self.tokens)[..., None] + self.table[picked % self.count]
-            index = index.flatten(2)[..., None].expand(-1, -1, -1, q.shape[-1])  # [B, H, blocks k s, D]
-            there = [x.gather(2, index).unflatten(2, (self.count, -1)).flatten(0, 1).transpose(1, 2) for x in (k, v)]
-            asked = frame[:, :, self.table].flatten(0, 1).transpose(1, 2)  # [B H, s, blocks, D]
+        for frame, picked in zip(query.split(self.tokens, 1), chosen.split(self.count, 2)):
+            tokens = ((picked // self.count * self.tokens)[..., None] + self.table[picked % self.count]).flatten(3)
+            index = ((row + tokens) * heads + head).flatten()  # whole heads of tokens, the fastest rows to copy
+            shape = (batch * heads, self.count, -1, dim)
+            there = [x.reshape(-1, dim).index_select(0, index).view(shape).transpose(1, 2) for x in (key, value)]
+            asked = frame[:, self.table].permute(0, 3, 2, 1, 4).flatten(0, 1)  # [B H, s, blocks, D]
             mask = None
             if self.padded:
                 mask = ~self.padding[picked % self.count].flatten(3).flatten(0, 1)[:, :, None]  # [B H, blocks, 1, k s]
             found = attend(asked, *there, mask).transpose(1, 2).flatten(1, 2)[:, self.back]  # [B H, n, D]
-            made.append(found.unflatten(0, q.shape[:2]))
-        return torch.cat(made, 2).transpose(1, 2)
+            made.append(found.unflatten(0, (batch, heads)).transpose(1, 2))
+        return torch.cat(made, 1)
