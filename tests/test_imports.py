@@ -16,7 +16,7 @@ LAYERS = [
     {"layout", "tree", "script", "config", "video", "pictures", "world"},
     {"memory"},
     {"memories", "slots", "backbones", "codecs", "checkpoints"},
-    {"sampler", "trace", "guard", "engine", "session", "run", "models"},
+    {"sampler", "trace", "guard", "engine", "session", "run", "models", "footprint"},
     {"training", "evaluation", "server", "contract", "bench"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slotmemory import memory as memories
 from slotmemory.backbones.causal_wan import CausalWan
@@ -123,6 +123,12 @@ class Engine:
         sampler = Euler(steps, schedule) if isinstance(steps, int) else FewStep(tuple(steps), schedule)
         sampler.timesteps  # noqa: B018 - an impossible list fails here, not in the middle of a stream
         return replace(self, sampler=sampler)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The networks: transformer (also under guidance), codec, and the text encoder where it is one of ours."""
+        parts = (getattr(self.backbone, "backbone", self.backbone), self.codec, self.text)
+        return [part for part in parts if isinstance(part, nn.Module)]
 
     @property
     def device(self) -> torch.device:

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 
+from slotmemory.backbones import kernels
 from slotmemory.backbones.causal_wan import CausalWan
 from slotmemory.backbones.guided import Guided
+from slotmemory.checkpoints.layouts import PUBLISHED
 from slotmemory.checkpoints.parts import load_codec, load_text, load_transformer
+from slotmemory.checkpoints.presets import Preset
 from slotmemory.checkpoints.sources import Sources, resolve
 from slotmemory.codecs.base import Codec, check_tensors, read_metadata_json, read_tensors
 from slotmemory.engine import Engine, Text
@@ -66,7 +69,9 @@ def fill_memory(policy: Memory, path: Path, arguments: dict[str, Any]) -> None:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Engine:
-    """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one."""
+    """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one.
+
+    On the device `meta` it has shapes and no numbers, for `footprint.predict`."""
     sources = find(name)
     if dtype is None:
         dtype = native_dtype() if device.type == "cpu" else torch.bfloat16
@@ -74,14 +79,28 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> E
     codec = load_codec(sources.codec).to(device, dtype).eval().requires_grad_(False)
     text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device)
     engine = assemble(backbone, codec, text, sources.settings)
+    engine = replace(engine, memory_weights=sources.memories, adapters=adapters)
     guidance, negative = sources.settings.get("guidance", 1.0), sources.settings.get("negative", "")
+    if device.type == "meta":
+        return engine
+    kernels.check(device, dtype, backbone.config.head_dim)
     if guidance > 1:
         text.check(negative)  # it is encoded with the first prompts
         engine = replace(engine, backbone=Guided(backbone, lambda: text.encode([negative])[0], guidance - 1))
-    return replace(engine, memory_weights=sources.memories, adapters=adapters)
+    return engine
 
 
-def assemble(backbone: CausalWan, codec: Codec, text: Text, settings: Mapping[str, Any]) -> Engine:
+def published_shapes(preset: Preset, dtype: torch.dtype) -> Engine:
+    """What an engine of a preset's published size would be, on the device `meta`, before its files are here."""
+    from slotmemory.codecs.wan_vae import WanVAE
+
+    with torch.device("meta"):
+        backbone = CausalWan(PUBLISHED[preset.size or "1.3B"]).to(dtype)
+        codec = WanVAE.published().to(dtype)
+    return assemble(backbone, codec, None, preset.settings())  # shapes are told no prompt
+
+
+def assemble(backbone: CausalWan, codec: Codec, text: Text | None, settings: Mapping[str, Any]) -> Engine:
     """Put trained parts together with the settings they were trained for."""
     config = backbone.config
     if codec.latent_channels != config.in_dim:

@@ -113,7 +113,7 @@ def test_a_long_prompt_is_cut_with_a_warning_and_keeps_its_end_mark(files, caplo
 def test_announced_prompts_are_encoded_in_one_go_and_never_again(files, monkeypatch):
     text, ran = encoder(files), []
     run = text._run
-    monkeypatch.setattr(text, "_run", lambda prompt: ran.append(prompt) or run(prompt))
+    monkeypatch.setattr(text, "_run", lambda model, prompt: ran.append(prompt) or run(model, prompt))
     for prompt in (PROMPT, "blue ghost", " blue  ghost "):
         text.check(prompt)
     assert ran == []
@@ -123,12 +123,22 @@ def test_announced_prompts_are_encoded_in_one_go_and_never_again(files, monkeypa
     assert len(ran) == 2
 
 
-def test_the_model_goes_to_the_device_for_new_prompts_only(files, monkeypatch):
-    text, moves = encoder(files), []
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, place: moves.append(str(place)) or self)
+def test_the_model_goes_to_an_accelerator_for_new_prompts_only_and_leaves_it(files, monkeypatch):
+    loads = []
+    text = encoder(files, loads=loads, device="meta")  # stands for an accelerator
+    rows = torch.ones(2, WIDTH)
+    monkeypatch.setattr(text, "_run", lambda model, prompt: rows if model.device.type == "meta" else None)
+    for prompts, times in (([PROMPT], 1), ([PROMPT], 1), ([PROMPT, "cat"], 2)):
+        embeddings, _ = text.encode(prompts)
+        assert embeddings.device.type == "meta" and len(loads) == times and text._model is None
+
+
+def test_it_says_whether_its_weights_will_be_needed(files, tmp_path):
+    text = encoder(files, tmp_path)
+    assert not text.knows(PROMPT)
     text.encode([PROMPT])
-    text.encode([PROMPT])
-    assert moves == ["cpu", "cpu"]  # there and back, once
+    assert text.knows(f" {PROMPT} ") and not text.knows("cat")
+    assert encoder(files, tmp_path).knows(PROMPT) and not encoder(files).knows(PROMPT)
 
 
 def test_embeddings_on_disk_spare_loading_the_model(files, tmp_path):

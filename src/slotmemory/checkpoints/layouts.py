@@ -22,7 +22,9 @@ from slotmemory.codecs.base import check_tensors
 from slotmemory.errors import InputError, shorten
 
 HEAD_DIM = 128  # of every published Wan model
-SIZES = {(1536, 30): "1.3B", (5120, 40): "14B", (3072, 30): "5B"}  # (width, layers) of the published models
+PUBLISHED = {"1.3B": WanConfig(), "14B": WanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)}
+# (width, layers) -> name; Wan 2.2's 5B is told apart, not run
+SIZES = {(c.dim, c.num_layers): name for name, c in PUBLISHED.items()} | {(3072, 30): "5B"}
 
 # what a file is if it has a tensor of this name (as a part of one), for telling people what they gave
 KINDS = {

@@ -20,10 +20,12 @@ from slotmemory.config import cache_folder
 def load_transformer(
     sources: Sources, device: torch.device, dtype: torch.dtype
 ) -> tuple[CausalWan, dict[str, Adapter]]:
-    """Read the transformer, merge the adapters that are to be merged, switch on the others -> model, adapters by name."""
+    """Read the transformer, merge the adapters that are to be merged, switch on the others -> model, adapters by name.
+
+    On the device `meta` only its shapes are made, and nothing is merged, which changes none."""
     config, tensors = read_transformer(sources.transformer, sources.part, told_of(sources.transformer), sources.size)
     for each in sources.loras:
-        if each.merge:
+        if each.merge and device.type != "meta":
             tensors = merge(tensors, read_lora(each.path), each.scale, str(each.path))
     model, adapters = build(config, tensors, device, dtype), {}
     for each in sources.loras:

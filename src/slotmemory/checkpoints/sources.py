@@ -83,6 +83,13 @@ class Sources:
         more = [path.parent / shard for path in named if path.name.endswith(INDEX) for shard in shards(path)]
         return [*named, *more, *([self.tokenizer] if self.tokenizer else [])]
 
+    def text_bytes(self) -> int:
+        """Bytes of the text encoder's weights."""
+        parts = (
+            [self.text.parent / shard for shard in shards(self.text)] if self.text.name.endswith(INDEX) else [self.text]
+        )
+        return sum(path.stat().st_size for path in parts)
+
     def fingerprint(self) -> str:
         """Name what decides the model's video: 16 digits for its weights and settings."""
         told = {"settings": self.settings, "part": self.part, "adapters": [[a.scale, a.merge] for a in self.loras]}
@@ -263,6 +270,27 @@ def _fetched(preset: Preset, name: str) -> Sources:
         size=preset.size,
         settings=preset.settings(),
     )
+
+
+def absent(name: str) -> tuple[Preset | None, list[Address]]:
+    """The preset behind a name, and which of its files would have to be fetched; (None, []) for what is no preset."""
+    path = Path(name).expanduser()
+    if name in presets.names():
+        preset = presets.find(name)
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        preset = presets.read(path)
+    else:
+        return None, []
+    addresses = [Address.parse(place) for place in _wanted(preset) if not Path(place).expanduser().is_file()]
+    return preset, [address for address in addresses if address and address.file and not hub.cached(address)]
+
+
+def _wanted(preset: Preset) -> list[str]:
+    """Every file of a preset, as paths and addresses."""
+    base = presets.find(BASE)
+    text, tokenizer = (preset.text, preset.tokenizer) if preset.text else (base.text, base.tokenizer)
+    wanted = [preset.transformer, preset.codec or base.codec, text, tokenizer, *(each.file for each in preset.lora)]
+    return [place for place in wanted if place]
 
 
 def _places(wanted: list[str], name: str) -> dict[str, Path]:

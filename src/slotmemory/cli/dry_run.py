@@ -63,8 +63,7 @@ def shots_table(prepared: Prepared) -> Table:
 def memory_line(prepared: Prepared) -> str:
     """Predicted bytes, part by part."""
     engine, layout = prepared.engine, prepared.engine.layout
-    modules = [x for x in (engine.backbone, engine.codec, engine.text) if isinstance(x, torch.nn.Module)]
-    weights = sum(p.nbytes for module in modules for p in (*module.parameters(), *module.buffers()))
+    weights = sum(p.nbytes for module in engine.modules for p in (*module.parameters(), *module.buffers()))
     # a memory without a budget of its own (`everything`) may end up with the whole video
     tokens = engine.memory.budget
     if tokens is None:

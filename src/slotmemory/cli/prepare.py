@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from slotmemory import memory as memories
+from slotmemory.checkpoints.hub import Address
+from slotmemory.checkpoints.sources import Sources, absent
+from slotmemory.cli.fit import Forecast, forecast, refuse
+from slotmemory.codecs.umt5 import PUBLISHED_BYTES, UMT5
 from slotmemory.config import Argument, Generate, check_arguments, generate_options
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError, shorten
 from slotmemory.layout import Layout
-from slotmemory.models import find, native_dtype
+from slotmemory.models import find, load, native_dtype, published_shapes
 from slotmemory.sampler import FewStep
 from slotmemory.script import Schedule, Script
 from slotmemory.session import Session
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,22 +40,70 @@ class Prepared:
     recipe: Mapping[str, Any]
 
 
-def prepare(script: Script, options: Generate) -> Prepared:
-    """Load the model and open a session. Raises InputError for whatever cannot be had, before anything is written."""
+@dataclass(frozen=True)
+class Plan:
+    """What is known before any weights are loaded. `shapes`: the engine on the device `meta`, of the script's size;
+    `sources`: None where files of a preset are `missing` here."""
+
+    sources: Sources | None
+    missing: Sequence[Address]
+    shapes: Engine
+    memory: str
+    arguments: Mapping[str, Argument]
+    schedule: Schedule
+    dtype: str
+    forecast: Forecast
+
+
+def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
+    """Find a model's files and forecast what a job will take; nothing is loaded, and nothing refused for its size.
+
+    fetch: bring what is on the Hub alone; otherwise forecast from the size that a preset is known to have."""
     device = find_device(options.device)
     dtype = options.dtype or dtype_for(device)[0]
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    sources = find(options.model)
-    model = sources.name  # a recipe is read from any working directory
     memory = str(Path(options.memory).resolve()) if options.memory.endswith(".py") else options.memory
     policy = memories.find(options.memory)
     check_arguments(options.memory, options.arguments, memories.arguments(policy))
 
-    engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=DTYPES[dtype])
-    engine = _sized(script, engine)
-    arguments = {**memories.arguments(policy), **engine.defaults_for(memory, dict(options.arguments))}
-    engine = _with_memory(engine, memory, options.budget, arguments)
+    sources, missing, shapes = on_shapes(options.model, DTYPES[dtype], fetch)
+    if options.steps is not None:
+        shapes = shapes.with_steps(options.steps)
+    shapes = _sized(script, shapes)
+    arguments = {**memories.arguments(policy), **shapes.defaults_for(memory, dict(options.arguments))}
+    schedule = script.schedule(shapes.layout)
+    text = 0
+    if device.type != "cpu" and sources is None:
+        text = PUBLISHED_BYTES
+    elif device.type != "cpu" and isinstance(shapes.text, UMT5):  # on the processor its weights stay in their file
+        known = all(shapes.text.knows(shot.prompt) for shot in script.shots)
+        text = 0 if known else sources.text_bytes()
+    found = _explained(
+        memory, arguments, lambda: forecast(shapes, memory, options.budget, arguments, schedule.chunks, device, text)
+    )
+    return Plan(sources, missing, shapes, memory, arguments, schedule, dtype, found)
+
+
+def on_shapes(model: str, dtype: torch.dtype, fetch: bool = True) -> tuple[Sources | None, Sequence[Address], Engine]:
+    """A model's files, those of a preset that are missing here, and its engine on the device `meta`.
+
+    Names and shapes of all tensors are checked. Without `fetch`, files that are missing are taken to be as published."""
+    preset, missing = (None, []) if fetch else absent(model)
+    if missing:
+        return None, missing, published_shapes(preset, dtype)
+    sources = find(model)
+    return sources, [], load(sources.name, torch.device("meta"), dtype)
+
+
+def prepare(script: Script, options: Generate) -> Prepared:
+    """Load the model and open a session. Raises InputError for whatever cannot be had, before anything is written."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    planned = plan(script, options)
+    refuse(planned.forecast, DTYPES[planned.dtype])
+    device, memory, arguments = planned.forecast.device, planned.memory, planned.arguments
+    dtype, model = DTYPES[planned.dtype], planned.sources.name  # a recipe is read from any working directory
+    engine = _sized(script, Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=dtype))
+    engine = _explained(memory, arguments, lambda: engine.with_memory(memory, options.budget, **arguments))
     seed = options.seed
     if seed is None:
         seed = secrets.randbelow(2**31)
@@ -65,13 +118,14 @@ def prepare(script: Script, options: Generate) -> Prepared:
         "scale": options.scale or _scale(engine.layout),
         "save_every": options.save_every,
         "device": str(device),
-        "dtype": dtype,
+        "dtype": planned.dtype,
         "threads": torch.get_num_threads(),
     }
-    found = {"tokens": engine.memory.budget, "weights": sources.fingerprint(), "torch": str(torch.__version__)}
-    options = generate_options(resolved)
+    weights = planned.sources.fingerprint()
+    found = {"tokens": engine.memory.budget, "weights": weights, "torch": str(torch.__version__)}
     session = engine.session(script, seed)
-    return Prepared(script, options, engine, session, script.schedule(engine.layout), {**resolved, **found})
+    options = generate_options(resolved)
+    return Prepared(script, options, engine, session, planned.schedule, {**resolved, **found})
 
 
 def find_device(name: str | None) -> torch.device:
@@ -96,9 +150,10 @@ def dtype_for(device: torch.device) -> tuple[str, str]:
     return "fp32", "this processor does not multiply bf16 natively"
 
 
-def _with_memory(engine: Engine, name: str, budget: int | None, arguments: Mapping[str, Argument]) -> Engine:
+def _explained(name: str, arguments: Mapping[str, Argument], make: Callable[[], T]) -> T:
+    """Make something of a memory; its complaints name it and what it was given."""
     try:
-        return engine.with_memory(name, budget, **arguments)
+        return make()
     except InputError as error:
         raise InputError(f"memory '{name}': {error}") from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:

@@ -1,8 +1,9 @@
 """Wan's text encoder: UMT5-XXL through transformers, brought to the device for new prompts only.
 
 A prompt is cleaned as Wan cleans it, cut to 512 tokens and encoded once: its rows are kept in memory and on disk, by a
-hash of prompt and weights, and padded with zeros whenever they are asked for. While nothing is new the weights stay
-where they are; prompts announced by `check` are encoded together. Needs the extra `wan`.
+hash of prompt and weights, and padded with zeros whenever they are asked for. Prompts announced by `check` are encoded
+together; an accelerator is left afterwards, and the weights, mapped from their file, take no memory until there is a
+new prompt. Needs the extra `wan`.
 Sources: Wan2.1 `wan/modules/{t5,tokenizers}.py`; Chung et al., UniMax (UMT5).
 
 Legend: B prompts, L tokens (512), C channels (4096), n tokens of one prompt, its end mark included.
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 KIND = "umt5"  # in a weights file's metadata
 LENGTH = 512
+PUBLISHED_BYTES = 2 * 5_680_910_336  # of models_t5_umt5-xxl-enc-bf16.pth
 
 
 def clean(prompt: str) -> str:
@@ -80,6 +82,11 @@ class UMT5:
             if not self._on_disk(text):
                 self._ready()  # a file that is missing or damaged is found before a stream begins
 
+    def knows(self, prompt: str) -> bool:
+        """Whether a prompt can be given without the weights."""
+        text = clean(prompt)
+        return text in self._known or self._on_disk(text)
+
     def _whole(self, text: str) -> list[int]:
         self._tokenizer.no_truncation()
         try:
@@ -107,10 +114,11 @@ class UMT5:
         model = self._ready().to(self.device)
         try:
             for text in new:
-                self._known[text] = self._run(text)
+                self._known[text] = self._run(model, text)
                 self._to_disk(text)
         finally:
-            model.to("cpu")
+            if self.device.type != "cpu":
+                self._model = model = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # 11 GB that the transformer may want
 
@@ -120,10 +128,10 @@ class UMT5:
         return self._model
 
     @torch.no_grad()
-    def _run(self, text: str) -> Tensor:
+    def _run(self, model: nn.Module, text: str) -> Tensor:
         """One prompt -> [n, C]; padding would change nothing, attention is masked to the prompt's own tokens."""
         ids = torch.tensor([self._tokenizer.encode(text).ids], device=self.device)
-        return self._model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].cpu()
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].cpu()
 
     # on disk
 

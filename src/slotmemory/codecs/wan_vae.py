@@ -124,6 +124,13 @@ class WanVAE(nn.Module):
         return {"kind": KIND, "config": json.dumps(config)}
 
     @classmethod
+    def published(cls) -> WanVAE:
+        """One of the published sizes, with fresh weights."""
+        return cls(
+            need_extra("diffusers.models.autoencoders.autoencoder_kl_wan", "wan", "the Wan VAE").AutoencoderKLWan()
+        )
+
+    @classmethod
     def load(cls, path: Path) -> WanVAE:
         """Read weights: `Wan2.1_VAE.pth` in the original names, or diffusers' names with its config.json beside them.
 

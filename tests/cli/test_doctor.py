@@ -1,0 +1,115 @@
+"""doctor: what the machine offers, what a job takes; and a job that cannot fit is refused before it starts."""
+
+import pytest
+import torch
+
+from slotmemory.backbones import kernels
+from slotmemory.cli import fit
+from tests.cli.conftest import words_of
+
+MB = 10**6
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Say how much memory is free."""
+    return lambda count: monkeypatch.setattr(fit, "free_bytes", lambda device: count)
+
+
+def test_it_names_kernels_free_memory_disk_and_optional_parts(slotmemory, model):
+    done = slotmemory("doctor", "--model", model)
+    assert done.status == 0, done.err
+    for text in ("kernels", "flash: ", "free memory", "on the processor", "free disk"):
+        assert text in done.out
+    assert "diffusers" in done.out and "checksum" in done.out and "takes" not in done.out
+
+
+def test_with_a_script_it_says_what_it_takes(slotmemory, model, script):
+    done = slotmemory("doctor", script, "--model", model, "--memory", "sink", "-m", "window=6", "--dtype", "fp32")
+    assert done.status == 0, done.err
+    assert "5 chunks of 48x32, memory sink" in done.out and "it fits" in done.out
+    assert "72 tokens per layer in memory" in done.out and "saved state" in done.out  # 6 - 3 frames of 24 tokens
+
+
+def test_a_preset_that_is_not_here_is_forecast_and_not_fetched(slotmemory, script, monkeypatch, free):
+    pytest.importorskip("diffusers", reason="the Wan VAE needs diffusers: pip install 'slotmemory[wan]'")
+    monkeypatch.setattr("slotmemory.checkpoints.hub.cached", lambda address: None)
+    monkeypatch.setattr("slotmemory.checkpoints.hub.fetch", lambda addresses: pytest.fail("it was fetched"))
+    free(20 * 10**9)
+    script.write_text("shots: [{prompt: A cat., seconds: 30}]")
+    done = slotmemory("doctor", script, "--model", "longlive", "--memory", "sink", "--dtype", "bf16")
+    assert done.status == 0, done.err
+    assert "not on this machine yet; its first use fetches Efficient-Large-Model/LongLive-1.3B" in done.out
+    assert "40 chunks of 832x480" in done.out and "14040 tokens per layer" in done.out
+    assert "does not fit: --budget " in done.out
+
+
+@pytest.mark.parametrize(
+    "count, words, expected",
+    [
+        (1, [], ["about 1 MB of memory and 1 bytes are free", "use a smaller picture", "--dtype bf16 halves it"]),
+        (
+            1_150_000,
+            ["--memory", "everything"],
+            ["another memory, such as --memory sink --budget ", "or a device with"],
+        ),
+    ],
+)
+def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(
+    slotmemory, script, model, tmp_path, free, count, words, expected
+):
+    free(count)
+    done = slotmemory(*words_of(script, model, "run", "--dtype", "fp32", *words))
+    assert done.status == 2 and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    for text in expected:
+        assert text in done.err
+
+
+def test_the_budget_that_is_advised_does_fit(slotmemory, script, model, tmp_path, free):
+    free(1_100_000)
+    words = ["--memory", "sink", "-m", "window=12", "--dtype", "fp32"]
+    advised = slotmemory(*words_of(script, model, "run", *words)).err.split("--budget ")[1].split()[0]
+    done = slotmemory(*words_of(script, model, "run", *words, "--budget", advised))
+    assert done.status == 0, done.err
+
+
+def test_what_the_system_does_not_tell_refuses_nothing(slotmemory, script, model, free):
+    free(None)
+    assert slotmemory("doctor", script, "--model", model).out.count("does not tell") == 2
+
+
+def test_an_accelerator_needs_room_for_its_driver_and_the_text_encoder(free):
+    footprint = fit.Footprint({"weights": 3000 * MB, "memory": 1000 * MB}, 11000 * MB, 100, 10 * MB, 0)
+    cpu, gpu = (fit.Forecast(footprint, torch.device(kind), 14600 * MB) for kind in ("cpu", "cuda"))
+    assert cpu.needed == 14000 * MB and cpu.fits
+    assert gpu.needed == 14000 * MB * 1.05 + 500 * MB and not gpu.fits
+    assert "encode the prompts once with --device cpu" in fit.advice(gpu, torch.bfloat16)
+
+
+# kernels
+
+
+def test_the_kernels_of_this_machine_agree_with_the_formula():
+    found = kernels.check(torch.device("cpu"), torch.float32, 64)
+    assert all(kernel.right for kernel in found)
+    assert any(kernel.error is not None for kernel in found)  # torch has a fused kernel for processors
+
+
+@pytest.mark.parametrize("harm", [lambda x: x * 1.01, lambda x: x / 0], ids=["a little wrong", "NaN and infinity"])
+def test_a_wrong_kernel_is_switched_off_with_a_message(monkeypatch, caplog, harm):
+    switched = []
+    backend = kernels.FUSED["flash"][0]
+    monkeypatch.setattr(kernels, "FUSED", {"flash": (backend, switched.append)})
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", lambda q, k, v: harm(kernels.formula(q, k, v)))
+    (kernel,) = kernels.check.__wrapped__(torch.device("cpu"), torch.float32, 32)
+    assert switched == [False] and not kernel.right and "WRONG" in str(kernel)
+    assert "the flash attention kernel is wrong by up to" in caplog.text
+
+
+def test_a_kernel_that_is_not_built_in_is_passed_over(monkeypatch, caplog):
+    def absent(q, k, v):
+        raise RuntimeError("No available kernel.")
+
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", absent)
+    found = kernels.check.__wrapped__(torch.device("cpu"), torch.float32, 32)
+    assert [kernel.error for kernel in found] == [None] * 3 and not caplog.text and "not here" in str(found[0])
