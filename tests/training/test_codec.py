@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from slotmemory.codecs.preview import PreviewCodec
+from slotmemory.errors import InputError
+from slotmemory.training import loop
 from slotmemory.training.codec import (
     NarrativeClips,
+    Objective,
     Options,
     in_boxes,
     pixel_weights,
@@ -18,7 +21,14 @@ from slotmemory.training.codec import (
 from slotmemory.training.loop import train
 from slotmemory.training.recipe import parse_recipe
 
-SIZES = {"latent_channels": 4, "encoder_channels": [8, 8, 8], "decoder_channels": [8, 8, 8, 8], "blocks": [1, 1, 1]}
+SIZES = {
+    "latent_channels": 4,
+    "encoder_channels": [8, 8, 8],
+    "decoder_channels": [8, 8, 8, 8],
+    "blocks": [1, 1, 1],
+    "time": [False, True, True],
+    "group": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +97,16 @@ def test_boxes_enclose_each_frames_entities():
     expected[0, 1:4, 2:5] = True
     assert torch.equal(in_boxes(masks), expected)
     assert psnr(torch.tensor(0.04)) == pytest.approx(20)
+
+
+def test_a_new_decoder_takes_over_the_latents_of_another_codec(tmp_path):
+    fixed = {**SIZES, "encoder_channels": [], "time": [False] * 3, "group": 4}
+    first = Objective(Options(data="toy", frames=5, sizes=fixed), loop.Context(batch=1, seed=1))
+    first.codec.save(tmp_path / "codec.safetensors")
+    same = Options(data="toy", frames=5, sizes=fixed, latents=str(tmp_path / "codec.safetensors"))
+    second = Objective(same, loop.Context(batch=1, seed=2))
+    video = torch.rand(1, 5, 3, 16, 16) * 2 - 1
+    assert torch.equal(first.codec.encode(video), second.codec.encode(video))
+    learned = Options(data="toy", frames=5, sizes=SIZES, latents=same.latents)
+    with pytest.raises(InputError, match="only fixed, direct latents"):
+        Objective(learned, loop.Context(batch=1))

@@ -39,6 +39,7 @@ class PreviewConfig:
     encoder_channels: width of encoder stages 0..2; decoder_channels: widths of decoder stages 0..2 and of the head.
     blocks: memory blocks per stage, one number or one per decoder stage (the encoder mirrors it).
     encoder_channels=() leaves the encoder to the direct map alone: latents are then fixed before the decoder is trained.
+    decoder_channels=() leaves the decoder to it as well: a linear codec.
     group: frames that the decoder's head writes at once; 1 in TAEHV. What it leaves of the time stride is for `time`.
     direct: beside the convolutions, a linear map between a latent cell and the 4 frames x 8 x 8 pixels it stands for
     (not in TAEHV): started as principal components, it lets a codec learn in minutes what else takes hours.
@@ -66,7 +67,7 @@ class PreviewConfig:
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
             length = STAGES + (name == "decoder_channels")
-            if len(value) != length and not (name == "encoder_channels" and not value and self.direct):
+            if len(value) != length and not (name.endswith("coder_channels") and not value and self.direct):
                 raise InputError(f"{name}={value} has {len(value)} entries, expected {length}")
         sizes = (self.image_channels, self.latent_channels, self.patch, *self.encoder_channels, *self.decoder_channels)
         if min(*sizes, *self.blocks) < 1:
@@ -97,7 +98,7 @@ class PreviewConfig:
             patch=4,
             latent_channels=32,
             encoder_channels=(),
-            decoder_channels=(256, 128, 128, 128),
+            decoder_channels=(192, 128, 96, 96),
             blocks=(3, 1, 1),
             space=(True, False, False),
             time=(False, False, False),
@@ -244,12 +245,16 @@ class PreviewCodec(nn.Module):
         self.encoder = nn.Sequential(*layers)
 
         widths = config.decoder_channels
-        layers = [Clamp(), conv(config.latent_channels, widths[0]), first()]
-        for stage in range(STAGES):
-            layers += [block(widths[stage]) for _ in range(config.blocks[stage])]
-            layers += [nn.Upsample(scale_factor=1 + config.space[stage]), TGrow(widths[stage], 1 + config.time[stage])]
-            layers += [conv(widths[stage], widths[stage + 1], bias=False)]
-        self.decoder = nn.Sequential(*layers, first(), conv(widths[-1], pixels * config.group))
+        layers = []
+        if widths:
+            layers = [Clamp(), conv(config.latent_channels, widths[0]), first()]
+            for stage in range(STAGES):
+                layers += [block(widths[stage]) for _ in range(config.blocks[stage])]
+                layers += [nn.Upsample(scale_factor=1 + config.space[stage])]
+                layers += [TGrow(widths[stage], 1 + config.time[stage])]
+                layers += [conv(widths[stage], widths[stage + 1], bias=False)]
+            layers += [first(), conv(widths[-1], pixels * config.group)]
+        self.decoder = nn.Sequential(*layers)
         if config.direct:
             cell = config.image_channels * SPACE_STRIDE**2 * TIME_STRIDE
             self.direct_in = nn.Linear(cell, config.latent_channels)
@@ -272,6 +277,8 @@ class PreviewCodec(nn.Module):
                     nn.init.kaiming_normal_(layer.weight, a=RESIDUAL_SLOPE)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        if not len(self.decoder):
+            return
         nn.init.normal_(self.decoder[-1].weight, std=0.01)
         nn.init.constant_(self.decoder[-1].bias, 0.0 if self.config.direct else 0.5)
 
@@ -314,7 +321,7 @@ class PreviewCodec(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.decoder[-1].weight.dtype
+        return self.direct_out.weight.dtype if self.config.direct else self.decoder[-1].weight.dtype
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Network latents -> latents of about zero mean and unit variance, both [..., C, h, w]; fp32."""
@@ -350,8 +357,10 @@ class PreviewCodec(nn.Module):
             shape = (batch, 0, self.config.image_channels, height * SPACE_STRIDE, width * SPACE_STRIDE)
             return latents.new_zeros(shape, dtype=torch.float32), state
         raw = self.denormalise(latents).to(self.dtype)
-        video, past = run(self.decoder, raw, state["decoder"])
-        video = F.pixel_shuffle(video.unflatten(2, (self.config.group, -1)).flatten(1, 2), self.config.patch)
+        video, past = 0.0, [raw.new_zeros(1)]  # a decoder without memory still marks that the stream has begun
+        if len(self.decoder):
+            video, past = run(self.decoder, raw, state["decoder"])
+            video = F.pixel_shuffle(video.unflatten(2, (self.config.group, -1)).flatten(1, 2), self.config.patch)
         if self.config.direct:
             cells = self.direct_out(raw.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
             video = video + F.pixel_shuffle(cells, SPACE_STRIDE).unflatten(2, (TIME_STRIDE, -1)).flatten(1, 2)

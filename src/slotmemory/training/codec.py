@@ -48,7 +48,9 @@ class Options(Frozen):
     """What the codec objective may be told."""
 
     sizes: Sizes = Sizes()
-    latents: str = Field("", description="codec file whose direct map and statistics to take over; else principal components")
+    latents: str = Field(
+        "", description="codec file whose direct map and statistics to take over; else principal components"
+    )
     data: Literal["narrative", "toy"] = "narrative"
     frames: int = Field(21, ge=1, description="pixel frames per clip, 4 n + 1")
     seconds: float = Field(16.0, gt=0, description="length of the narrative that a clip is cut from")
