@@ -12,6 +12,7 @@ from slotmemory.slots.learning import Learning, Lesson, effective_rank, losses
 from slotmemory.training import distribution_matching, long_tuning, loop, ode, slots, slots_warm_up
 from slotmemory.training.prompts import PromptFile, Stories, open_source, reminder, together
 from slotmemory.training.recipe import objectives, parse_recipe
+from tests.training.test_videos import write_video
 
 SHORT = {"chunks": 3, "new": 2, "length": 21, "switches": (9,)}
 
@@ -229,8 +230,11 @@ def test_a_slotcontrast_checkpoint_starts_grouper_and_keeps_its_scale(micro, oth
         build(slots, micro, other, **options, **SHORT)
 
 
-@pytest.mark.parametrize("on", ["world", "own"])
-def test_a_warm_up_teaches_all_of_the_slots_and_nothing_else(micro, other, on):
+@pytest.mark.parametrize("on", ["world", "own", "videos"])
+def test_a_warm_up_teaches_all_of_the_slots_and_nothing_else(micro, other, on, tmp_path):
+    if on == "videos":
+        on = str(tmp_path)
+        write_video(tmp_path / "a.mp4", 40)
     objective = build(slots_warm_up, micro, other, batch=2, on=on, chunks=3, pool=2, seconds=5.0, threshold=0.2)
     terms = step(objective, 0)
     assert {"slot_contrast", "slot_reconstruction", "slot_coverage"} <= set(terms)

@@ -1,25 +1,29 @@
 """A warm-up for slots: bind what a fixed transformer shows of whole videos, before slots take part in any rollout.
 
 Each step shows the memory clips chunk by chunk, one clean pass each (`Session.prefill`), and teaches it by its own losses,
-contrast and reconstruction. Nothing else learns. `on: world` shows narratives; `on: own` what the model makes itself.
+contrast and reconstruction. Nothing else learns. `on: world` shows narratives, `on: own` what the model makes itself, and
+any other name is a folder of video files (`training/videos.py`).
 Slots that come from elsewhere (SlotContrast) do not need it; slots that start at random would be frozen at random in
 SlotMemory's first stage without it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from slotmemory.codecs.base import to_float
 from slotmemory.training import loop
 from slotmemory.training.lessons import LessonOptions, Lessons, slot_arguments
 from slotmemory.training.narratives import Encoded, Pool, encode
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Rollout, mean_of
 from slotmemory.training.student import Student, StudentOptions
+from slotmemory.training.videos import Videos
 from slotmemory.world.narrative import Narrative
 from slotmemory.world.renderer import WorldSize
 
@@ -28,10 +32,22 @@ class Options(StudentOptions, LessonOptions):
     """What is shown, and how slots learn from it."""
 
     memory: Literal["slots"] = "slots"
-    on: Literal["world", "own"] = "world"
+    on: str = Field("world", description="the narrative world, the model's own streams, or a folder of videos")
     seconds: float = Field(24.0, gt=0, description="length of a narrative")
-    pool: int = Field(16, ge=1, description="narratives kept per process")
+    pool: int = Field(16, ge=1, description="narratives or clips of videos kept per process")
     refresh: int = Field(5, ge=1, description="steps after which one of them is replaced")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A clip of a video: latents [L, C, h, w], and a prompt per chunk."""
+
+    latents: Tensor
+    prompts: list[str]
+
+    @property
+    def chunks(self) -> int:
+        return len(self.prompts)
 
 
 class Objective(Student):
@@ -41,6 +57,7 @@ class Objective(Student):
         super().__init__(options, context)
         self.transformer.requires_grad_(False)
         self.lessons = Lessons(options, self.memory, context, reconstruct=True)
+        self.videos = None if options.on in ("world", "own") else Videos(options.on, self.engine.layout)
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
 
     def modules(self) -> dict[str, nn.Module]:
@@ -52,20 +69,25 @@ class Objective(Student):
     def memory_arguments(self) -> dict[str, Any]:
         return slot_arguments(self.memory)
 
-    def make(self, seed: int) -> Encoded:
+    def make(self, seed: int) -> Encoded | Shown:
         layout = self.engine.layout
+        if self.videos is not None:
+            pixels, prompt = self.videos.clip(seed, self.options.chunks)
+            with torch.no_grad():
+                latents = self.codec.encode(to_float(pixels)[None].to(self.context.device, self.codec.dtype))[0].float()
+            return Shown(latents, [prompt] * (len(latents) // layout.frames_per_chunk))
         return encode(Narrative.random(seed, self.options.seconds, WorldSize(layout.width, layout.height)), self.codec)
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         self.lessons.at(step)
-        losses, state = self.world(step, generator) if self.options.on == "world" else self.own(generator)
+        losses, state = self.own(generator) if self.options.on == "own" else self.shown(step, generator)
         measured = self.lessons.note(state)
         self.lessons.close()  # every step shows other streams
         terms = {name: term.detach() for name, term in losses.items()}
         return sum(losses.values()), {**terms, **measured}
 
-    def world(self, step: int, random: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Show a clip of a narrative per row."""
+    def shown(self, step: int, random: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Show a clip of a narrative or a video per row."""
         pool, size = self.pool.at(step), self.engine.layout.frames_per_chunk
         chosen = [pool[i] for i in torch.randint(len(pool), (self.context.batch,), generator=random).tolist()]
         picks = torch.rand(len(chosen), generator=random).tolist()
@@ -75,7 +97,7 @@ class Objective(Student):
         terms = []
         for chunk in range(min(self.options.chunks, *(item.chunks for item in chosen))):
             places = [start + chunk for start in starts]
-            session.prompt("\n".join(item.prompts[k] for item, k in zip(chosen, places)))
+            session.prompts[session.index] = "\n".join(item.prompts[k] for item, k in zip(chosen, places))
             latents = torch.stack([item.latents[k * size : (k + 1) * size] for item, k in zip(chosen, places)])
             session.prefill(latents.to(self.context.device))
             terms.append(self.memory.losses(session.state))
