@@ -3,6 +3,7 @@
 A policy writes no logging: whatever it is, its record can be drawn, counted and compared.
 """
 
+from collections import Counter
 from typing import Any
 
 from slotmemory.memory import Bank, State, banks, held_bytes
@@ -27,14 +28,19 @@ def record(before: State, shown: State, after: State, read: list[Bank], layer: i
     with; after: the state once the chunk was written; read: what `Memory.read` returned for this layer.
     """
     had, has, could = items(before, layer), items(after, layer), items(shown, layer)
-    # two banks may hold items of the same frame; they differ in size
-    seen = {(*item, bank.keys.shape[2]) for bank in read for item in names_of(bank)}
-    kinds = {(born, owner, bank.keys.shape[2]): name for (name, born, owner), (bank, _) in could.items()}
+    # two banks may hold items of the same frame and size; each reading counts for one of them
+    times = Counter((*item, bank.keys.shape[2]) for bank in read for item in names_of(bank))
     tokens: dict[str, int] = {}
-    for bank in read:
-        for item in names_of(bank):
-            kind = kinds.get((*item, bank.keys.shape[2]), "made")  # a policy may read what it does not hold
-            tokens[kind] = tokens.get(kind, 0) + bank.keys.shape[2]
+    seen = set()
+    for (name, born, owner), (bank, _) in could.items():
+        size = bank.keys.shape[2]
+        if times[born, owner, size]:
+            times[born, owner, size] -= 1
+            seen.add((name, born, owner))
+            tokens[name] = tokens.get(name, 0) + size
+    made = sum(size * count for (_, _, size), count in times.items())  # a policy may read what it does not hold
+    if made:
+        tokens["made"] = made
     listed = []
     for key, (bank, i) in {**had, **has}.items():
         name, born, owner = key
@@ -46,7 +52,7 @@ def record(before: State, shown: State, after: State, read: list[Bank], layer: i
                 "owner": owner,
                 "score": round(float(bank.score[0, i].detach()), 4),
                 "tokens": bank.keys.shape[2],
-                "read": key in could and (born, owner, bank.keys.shape[2]) in seen,
+                "read": key in seen,
             }
         )
     return {

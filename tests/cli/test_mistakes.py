@@ -159,14 +159,25 @@ def test_a_run_whose_recipe_was_changed(slotmemory, whole, tmp_path):
     assert_one_line(slotmemory("resume", "run"), "recipe.yaml: scale", "got big")
 
 
-def test_a_fault_of_ours_asks_for_a_report_and_shows_its_traceback_with_debug(slotmemory, script, model, tmp_path):
+def test_a_fault_of_a_policy_names_it_and_shows_its_traceback_with_debug(slotmemory, script, model, tmp_path):
     (tmp_path / "faulty.py").write_text(
         "from slotmemory.memories.none import Nothing\n\nclass Faulty(Nothing):\n"
         "    def write(self, state, written):\n        raise RuntimeError('two\\nlines')\n"
     )
-    words = words_of(script, model, "run", "--memory", "faulty.py")
-    done = slotmemory(*words)
+    done = slotmemory(*words_of(script, model, "run", "--memory", "faulty.py"))
+    assert done.status == 2 and done.err.count("\n") == 1 and "Traceback" not in done.err
+    assert "memory 'faulty' raised RuntimeError: two lines in `write` at chunk 0" in done.err
+    done = slotmemory(*words_of(script, model, "other", "--memory", "faulty.py", "--debug"))
+    assert done.status == 2 and "Traceback" in done.err and "faulty.py" in done.err
+
+
+def test_a_fault_of_ours_asks_for_a_report_and_shows_its_traceback_with_debug(slotmemory, script, model, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("slotmemory.session.to_uint8", broken)
+    done = slotmemory(*words_of(script, model, "run"))
     assert done.status == 1 and done.err.count("\n") == 1 and "Traceback" not in done.err
     assert "unexpected RuntimeError: two lines" in done.err and "--debug" in done.err
-    done = slotmemory(*words_of(script, model, "other", "--memory", "faulty.py", "--debug"))
-    assert done.status == 1 and "Traceback" in done.err and "faulty.py" in done.err
+    done = slotmemory(*words_of(script, model, "other", "--debug"))
+    assert done.status == 1 and "Traceback" in done.err and "broken" in done.err

@@ -191,7 +191,8 @@ def test_files_that_cannot_be_loaded_say_why_in_one_line(tmp_path):
     path.write_bytes(b"")
     assert "truncated" in complaint()
 
-    codec.metadata = lambda: {"config": json.dumps(dict(latent_channels=4, patch=4, space=[True, False, False], blocks=[2, 1, 1]))}
+    wider = {"latent_channels": 4, "patch": 4, "space": [True, False, False], "blocks": [2, 1, 1]}
+    codec.metadata = lambda: {"config": json.dumps(wider)}
     codec.save(path)
     assert all(part in complaint() for part in ("encoder.0.weight", "(8, 48, 3, 3)", "(64, 48, 3, 3)"))
     codec.metadata = lambda: {"config": '{"pach": 4}'}
