@@ -131,6 +131,8 @@ def test_another_size_of_model_than_the_preset_says_is_recognised(no_hub, places
     told = "\n".join(
         f"{key}: {places['wan'] / file}" for key, file in zip(("codec", "text", "tokenizer"), tiny.COMPANIONS)
     )
+    path.write_text(f"like: longlive\ntransformer: {places['ode-init']}\n{told}\nsize: null\nframes_per_chunk: 1\n")
+    assert Engine.from_pretrained(str(path), "none").layout.frames_per_chunk == 1
     path.write_text(f"like: longlive\ntransformer: {places['ode-init']}\n{told}\n")
     with pytest.raises(InputError, match="this is a Wan 128-wide, 2-layer transformer; the recipe says 1.3B"):
         Engine.from_pretrained(str(path))

@@ -89,6 +89,7 @@ def test_prompts_are_padded_with_zeros_to_512_tokens(files):
 
 def test_prompts_are_cleaned_as_wan_cleans_them():
     assert clean(" a \n red\t cat &amp;amp; dog ") == "a red cat & dog"
+    assert clean("a &lt; b &amp;amp; c < d") == "a < b & c < d"
     assert clean("schÃ¶n") == "schön"
 
 

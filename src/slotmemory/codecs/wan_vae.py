@@ -86,11 +86,10 @@ class WanVAE(nn.Module):
             return latents.new_zeros(batch, 0, 3, height * STRIDE, width * STRIDE, dtype=torch.float32), state
         mean, std = self._statistics(latents)
         raw = (latents.float() * std + mean).to(self.dtype).transpose(1, 2)
-        cache, begun, parts = self._unpacked(state["decoder"], "decoder"), bool(state["decoder"]), []
+        cache, parts = self._unpacked(state["decoder"], "decoder"), []
         for latent in raw.split(1, 2):
             inside = self.model.post_quant_conv(latent)
-            parts.append(self.model.decoder(inside, feat_cache=cache, feat_idx=[0], first_chunk=not begun))
-            begun = True
+            parts.append(self.model.decoder(inside, feat_cache=cache, feat_idx=[0]))
         video = torch.cat(parts, 2).transpose(1, 2).float().clamp(-1, 1)
         return video, {**state, "decoder": _packed(cache)}
 
