@@ -95,7 +95,9 @@ def test_the_kernels_of_this_machine_agree_with_the_formula():
     assert any(kernel.error is not None for kernel in found)  # torch has a fused kernel for processors
 
 
-@pytest.mark.parametrize("harm", [lambda x: x * 1.01, lambda x: x / 0, lambda x: x * float("nan")], ids=str)
+@pytest.mark.parametrize(
+    "harm", [lambda x: x * 1.01, lambda x: x / 0, lambda x: x * float("nan")], ids=["off", "infinite", "no number"]
+)
 def test_a_wrong_kernel_is_switched_off_with_a_message(monkeypatch, caplog, harm):
     switched = []
     backend = kernels.FUSED["flash"][0]
