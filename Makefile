@@ -57,5 +57,5 @@ $(PACKAGE): pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(TOOLS): $(PACKAGE)
-	@$(PIP) install --quiet --editable '.[dev,wan]'
+	@$(PIP) install --quiet --editable '.[dev,quant,wan]'
 	@touch $@

@@ -42,6 +42,7 @@ class Generate(BaseModel):
     save_every: int = Field(10, ge=1, le=2**31)
     device: str | None = None  # None: a GPU where there is one
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: the fastest that loses nothing
+    quant: Literal["int8", "fp8"] | None = None  # eight-bit weights in the transformer's blocks
     threads: int | None = Field(None, ge=1, le=1024)
 
     @field_validator("steps")

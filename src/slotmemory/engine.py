@@ -60,17 +60,18 @@ class Engine:
         steps: Sequence[int] | int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        quant: str | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model by name or folder and give it a memory.
 
         memory: a name (`slotmemory memories`) or the path of a policy file; options are that memory's arguments.
         budget: tokens per layer it may read. steps: a few-step list such as [1000, 750, 500, 250], or a number of Euler
-        steps. dtype: default bf16 where the processor multiplies it natively, else fp32.
+        steps. dtype: default bf16 where the processor multiplies it natively, else fp32. quant: int8 or fp8 weights.
         """
         from slotmemory.models import load
 
-        engine = load(model, torch.device(device), dtype)
+        engine = load(model, torch.device(device), dtype, quant)
         if steps is not None:
             engine = engine.with_steps(steps)
         return engine.with_memory(memory, budget, **options)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from slotmemory.backbones.attention import Buffered
@@ -100,7 +100,13 @@ class Footprint:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    return sum({t.untyped_storage()._cdata: t.nbytes for t in tensors}.values())
+    """Bytes that tensors are stored in; one that two names share counts once, a quantised one as its parts."""
+    stored = {}
+    for tensor in tensors:
+        quantised = is_traceable_wrapper_subclass(tensor)
+        for part in [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]] if quantised else [tensor]:
+            stored[part.untyped_storage()._cdata] = part.nbytes
+    return sum(stored.values())
 
 
 def watched(run: Callable[[], Any]) -> tuple[Any, int, int]:

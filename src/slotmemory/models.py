@@ -18,6 +18,7 @@ import torch
 from slotmemory.backbones import kernels
 from slotmemory.backbones.causal_wan import CausalWan
 from slotmemory.backbones.guided import Guided
+from slotmemory.backbones.quantise import quantise
 from slotmemory.checkpoints.layouts import PUBLISHED
 from slotmemory.checkpoints.parts import load_codec, load_text, load_transformer
 from slotmemory.checkpoints.presets import Preset
@@ -68,14 +69,16 @@ def fill_memory(policy: Memory, path: Path, arguments: dict[str, Any]) -> None:
     policy.load_state_dict(tensors)
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Engine:
+def load(name: str, device: torch.device, dtype: torch.dtype | None = None, quant: str | None = None) -> Engine:
     """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one.
 
-    On the device `meta` it has shapes and no numbers, for `footprint.predict`."""
+    quant: "int8" or "fp8" weights. On the device `meta` it has shapes and no numbers, for `footprint.predict`."""
     sources = find(name)
     if dtype is None:
         dtype = native_dtype() if device.type == "cpu" else torch.bfloat16
     backbone, adapters = load_transformer(sources, device, dtype)
+    if quant is not None:
+        quantise(backbone, quant)
     codec = load_codec(sources.codec).to(device, dtype).eval().requires_grad_(False)
     text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device)
     engine = assemble(backbone, codec, text, sources.settings)
@@ -90,13 +93,15 @@ def load(name: str, device: torch.device, dtype: torch.dtype | None = None) -> E
     return engine
 
 
-def published_shapes(preset: Preset, dtype: torch.dtype) -> Engine:
+def published_shapes(preset: Preset, dtype: torch.dtype, quant: str | None = None) -> Engine:
     """What an engine of a preset's published size would be, on the device `meta`, before its files are here."""
     from slotmemory.codecs.wan_vae import WanVAE
 
     with torch.device("meta"):
         backbone = CausalWan(PUBLISHED[preset.size or "1.3B"]).to(dtype)
         codec = WanVAE.published().to(dtype)
+    if quant is not None:
+        quantise(backbone, quant)
     return assemble(backbone, codec, None, preset.settings())  # shapes are told no prompt
 
 

@@ -24,12 +24,13 @@ def doctor(
     budget: int | None = typer.Option(None, help="Tokens that a layer may read from memory."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),
+    quant: str | None = typer.Option(None, help="int8 or fp8: eight-bit weights in the transformer's blocks."),
 ) -> None:
     """Print versions, device, attention kernels, free memory and the state of a model; with a script, what it takes."""
     from slotmemory.config import generate_options, parse_arguments
     from slotmemory.errors import InputError
 
-    values = {"model": model, "memory": memory, "budget": budget, "device": device, "dtype": dtype}
+    values = {"model": model, "memory": memory, "budget": budget, "device": device, "dtype": dtype, "quant": quant}
     given = {name: value for name, value in values.items() if value is not None}
     options = generate_options({**given, "arguments": parse_arguments(argument)})
     for name, value in _machine(options):
@@ -94,7 +95,7 @@ def _model(options: Generate, path: Path | None) -> list[tuple[str, str]]:
     from slotmemory.script import load_script
 
     dtype = DTYPES[options.dtype or dtype_for(find_device(options.device))[0]]
-    sources, missing, _ = on_shapes(options.model, dtype, fetch=False)
+    sources, missing, _ = on_shapes(options.model, dtype, options.quant, fetch=False)
     if sources is None:
         fetched = ", ".join(map(str, missing))
         rows = [("model", f"{options.model}: not on this machine yet; its first use fetches {fetched}")]

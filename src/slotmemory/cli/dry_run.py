@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slotmemory.cli.progress import clock
+from slotmemory.footprint import bytes_of
 from slotmemory.video import Fragments
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def shots_table(prepared: Prepared) -> Table:
 def memory_line(prepared: Prepared) -> str:
     """Predicted bytes, part by part."""
     engine, layout = prepared.engine, prepared.engine.layout
-    weights = sum(p.nbytes for module in engine.modules for p in (*module.parameters(), *module.buffers()))
+    weights = bytes_of(t for module in engine.modules for t in (*module.parameters(), *module.buffers()))
     # a memory without a budget of its own (`everything`) may end up with the whole video
     tokens = engine.memory.budget
     if tokens is None:

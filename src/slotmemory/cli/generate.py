@@ -59,6 +59,7 @@ def generate(
     save_every: int | None = typer.Option(None, help="Save the state every so many chunks; default: 10."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),
+    quant: str | None = typer.Option(None, help="int8 or fp8: eight-bit weights in the transformer's blocks."),
     threads: int | None = typer.Option(None, help="Processor threads; default: one per core."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print schedule, memory and time; write nothing."),
 ) -> None:
@@ -75,6 +76,7 @@ def generate(
         "save_every": save_every,
         "device": device,
         "dtype": dtype,
+        "quant": quant,
         "threads": threads,
     }
     told, title, source = _told(script, line, prompt, seconds, like)

@@ -65,7 +65,7 @@ def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
     policy = memories.find(options.memory)
     check_arguments(options.memory, options.arguments, memories.arguments(policy))
 
-    sources, missing, shapes = on_shapes(options.model, DTYPES[dtype], fetch)
+    sources, missing, shapes = on_shapes(options.model, DTYPES[dtype], options.quant, fetch)
     if options.steps is not None:
         shapes = shapes.with_steps(options.steps)
     shapes = _sized(script, shapes)
@@ -83,15 +83,20 @@ def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
     return Plan(sources, missing, shapes, memory, arguments, schedule, dtype, found)
 
 
-def on_shapes(model: str, dtype: torch.dtype, fetch: bool = True) -> tuple[Sources | None, Sequence[Address], Engine]:
+def on_shapes(
+    model: str,
+    dtype: torch.dtype,
+    quant: str | None = None,
+    fetch: bool = True,
+) -> tuple[Sources | None, Sequence[Address], Engine]:
     """A model's files, those of a preset that are missing here, and its engine on the device `meta`.
 
     Names and shapes of all tensors are checked. Without `fetch`, files that are missing are taken to be as published."""
     preset, missing = (None, []) if fetch else absent(model)
     if missing:
-        return None, missing, published_shapes(preset, dtype)
+        return None, missing, published_shapes(preset, dtype, quant)
     sources = find(model)
-    return sources, [], load(sources.name, torch.device("meta"), dtype)
+    return sources, [], load(sources.name, torch.device("meta"), dtype, quant)
 
 
 def prepare(script: Script, options: Generate) -> Prepared:
@@ -102,7 +107,8 @@ def prepare(script: Script, options: Generate) -> Prepared:
     refuse(planned.forecast, DTYPES[planned.dtype])
     device, memory, arguments = planned.forecast.device, planned.memory, planned.arguments
     dtype, model = DTYPES[planned.dtype], planned.sources.name  # a recipe is read from any working directory
-    engine = _sized(script, Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=dtype))
+    engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=dtype, quant=options.quant)
+    engine = _sized(script, engine)
     engine = _explained(memory, arguments, lambda: engine.with_memory(memory, options.budget, **arguments))
     seed = options.seed
     if seed is None:
@@ -119,6 +125,7 @@ def prepare(script: Script, options: Generate) -> Prepared:
         "save_every": options.save_every,
         "device": str(device),
         "dtype": planned.dtype,
+        "quant": options.quant,
         "threads": torch.get_num_threads(),
     }
     weights = planned.sources.fingerprint()
