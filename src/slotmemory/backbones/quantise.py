@@ -1,7 +1,6 @@
 """Weights in eight bits: the linear layers inside the blocks, through torchao; everything else stays as it is.
 
-Weights alone are rounded, activations are not: memory halves against bf16, numbers move by about one percent. Needs the
-extra `quant`.
+Weights alone are rounded, activations are not: memory halves against bf16. Needs the extra `quant`.
 """
 
 from __future__ import annotations
