@@ -167,7 +167,7 @@ def main() -> int:
     parser.add_argument("--model", default="tiny", help="a name or a folder")
     parser.add_argument("--placings", default="native,capped", help=f"of {', '.join(PLACINGS)}")
     parser.add_argument("--chunks", type=int, default=40, help="timed, once memory is full")
-    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's few-step list)")
+    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's own steps)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--device", default="cpu")
     try:

@@ -309,7 +309,7 @@ def main() -> int:
         "--memories", default=MEMORIES, help="names or policy files, with commas (default: %(default)s)"
     )
     parser.add_argument("--budget", type=int, help="tokens per layer for each memory (default: each memory's own)")
-    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's few-step list)")
+    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's own steps)")
     parser.add_argument("--scripts", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1, help="noise seeds of each script, made together")
     parser.add_argument("--strips", type=int, default=6, help="scripts in the filmstrip")

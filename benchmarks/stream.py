@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--memory", default="slots", help="of the long stream")
     parser.add_argument("--memories", default="none,window,sink,slots", help="that are compared with sink + window")
     parser.add_argument("--budget", type=int, help="tokens per layer for each memory (default: each memory's own)")
-    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's few-step list)")
+    parser.add_argument("--steps", type=int, help="Euler steps (default: the model's own steps)")
     parser.add_argument("--minutes", type=float, default=10.0, help="of video in the long stream; at least 957 frames")
     parser.add_argument("--chunks", type=int, default=60, help="timed per memory in the comparison")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")

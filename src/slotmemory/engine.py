@@ -95,9 +95,7 @@ class Engine:
 
     def defaults_for(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
         """The memory arguments that the loaded model was trained for, where the policy has them and none were given."""
-        known = memories.arguments(memories.find(name))
-        own = self.memory_defaults.get("for", {}).get(name, {})  # no argument can be called `for`
-        found = {k: v for k, v in self.memory_defaults.items() if k in known} | own
+        found = self.trained_for(memories.find(name))
         trained = self.weights_for(name, options)
         if trained is not None:
             from slotmemory.models import memory_arguments
@@ -106,6 +104,12 @@ class Engine:
         if trained is not None and options.get("weights"):
             options = {**options, "weights": str(trained)}  # a recipe is read from any working directory
         return found | options
+
+    def trained_for(self, policy: type[Memory]) -> dict[str, Any]:
+        """The arguments of a policy that the model's settings name, in general or for this policy alone."""
+        known = memories.arguments(policy)
+        own = self.memory_defaults.get("for", {}).get(policy.called(), {})  # no argument can be called `for`
+        return {k: v for k, v in {**self.memory_defaults, **own}.items() if k in known}
 
     def weights_for(self, name: str, options: Mapping[str, Any]) -> Path | None:
         """Find a policy's trained weights: what the argument `weights` says, else what came with the model."""

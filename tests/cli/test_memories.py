@@ -4,9 +4,11 @@ from pathlib import Path
 
 from slotmemory import memory
 from slotmemory.contract import CHECKS
+from slotmemory.engine import Engine
 from slotmemory.memory import Memory
 from slotmemory.video import count_chunks
 from tests.cli.conftest import words_of
+from tests.models_for_tests import SETTINGS, write_model
 
 ELSEWHERE = Path(__file__).parents[1] / "contract" / "every_other.py"
 GREEDY = """
@@ -106,3 +108,11 @@ def test_a_policy_that_fails_in_the_middle_leaves_what_was_made_playable(slotmem
     assert "memory 'late' read values that are not finite in layer 1 at chunk 3" in done.err
     assert "3 of 5 chunks" in done.err and "slotmemory resume" in done.err
     assert count_chunks(tmp_path / "run" / "video.mp4") == (3, 33)  # 9 latent frames
+
+
+def test_the_budget_listed_is_the_one_that_a_stream_gets_also_where_settings_are_for_one_policy(slotmemory, tmp_path):
+    folder = write_model(tmp_path / "own", memory=SETTINGS["memory"] | {"for": {"slots": {"window": 6}}})
+    for name in ("slots", "sink"):
+        budget = Engine.from_pretrained(str(folder), memory=name).memory.budget
+        assert f"budget     {budget} tokens per layer" in slotmemory("memories", name, "--model", folder).out
+    assert "96 tokens per layer" in slotmemory("memories", "slots", "--model", folder).out  # 168 with a window of 9

@@ -51,7 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """What a config.json says, or {} where there is none."""
     if not path.is_file():
         return {}
-    return _read_json(path)
+    return read_json(path)
 
 
 def load_module(module_of: Callable[[Any], nn.Module], path: Path) -> nn.Module:
@@ -81,7 +81,8 @@ def told_of(path: Path) -> dict[str, Any]:
     return read_config(path.parent / "config.json")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; InputError in one line for whatever else is there."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -95,7 +96,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def shards(index: Path) -> dict[str, list[str]]:
     """The files that a shard index names, each with the tensors it should hold."""
-    table = _read_json(index).get("weight_map")
+    table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise InputError(f"{index} has no 'weight_map'; it is no index of safetensors shards")
     found: dict[str, list[str]] = {}

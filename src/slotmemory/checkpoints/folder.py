@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from slotmemory.checkpoints.files import read_json
 from slotmemory.codecs.base import read_tensors
 from slotmemory.errors import InputError, shorten
 
@@ -37,14 +38,9 @@ REQUIRED = {
 def settings_of(folder: Path) -> dict[str, Any]:
     """Read model.json and check that it is one."""
     path = folder / SETTINGS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError.from_os("read", path, error) from None
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error})") from None
+    settings = read_json(path)
     for name, kind in REQUIRED.items():
-        value = settings.get(name) if isinstance(settings, dict) else None
+        value = settings.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{path}: '{name}' is {shorten(value)}; the file is damaged or another model's")
     return settings

@@ -118,7 +118,7 @@ def _positions(policy: type[Memory], engine: Engine | None) -> str:
     if "placing" not in arguments:
         return policy.positions
     own = arguments["placing"]
-    trained = engine.memory_defaults.get("placing", own) if engine else own
+    trained = engine.trained_for(policy).get("placing", own) if engine else own
     return own if trained == own else f"{own}; this model was trained with {trained}"
 
 
@@ -137,11 +137,8 @@ def _engine(model: str) -> Engine | None:
 def _budget(policy: type[Memory], engine: Engine | None) -> str:
     if engine is None:
         return "unknown (the model is not installed)"
-    from slotmemory import memory
-
-    known = memory.arguments(policy)
     try:
-        built = policy(engine.layout, None, **{k: v for k, v in engine.memory_defaults.items() if k in known})
+        built = policy(engine.layout, None, **engine.trained_for(policy))
     except InputError as error:
         return f"not for this model as it is: {error}"
     if built.budget is None:

@@ -93,7 +93,8 @@ class PreviewConfig:
 
     @classmethod
     def tiny(cls) -> PreviewConfig:
-        """The sizes of the embedded model: all weights sit where a latent frame costs least, before it becomes frames."""
+        """A decoder for the embedded model's latents: its weights sit where a latent frame costs least, before it becomes
+        frames. The codec that ships has the direct map alone (`decoder_channels=()`)."""
         return cls(
             patch=4,
             latent_channels=32,

@@ -49,7 +49,7 @@ class Trial:
     def memory(self, budget: int | None = None, **changes: Any) -> Memory:
         """Build the policy anew; arguments it does not have are left out of the changes."""
         known = memories.arguments(self.policy)
-        defaults = {k: v for k, v in self.engine.memory_defaults.items() if k in known}
+        defaults = self.engine.trained_for(self.policy)
         changes = {k: v for k, v in changes.items() if k in known}
         policy = self.policy(self.engine.layout, budget, **{**defaults, **self.options, **changes})
         policy.adopt(*self.engine.patch)

@@ -172,9 +172,8 @@ class TwoSoftmaxes(Buffered):
     def _timeless(self, x: Tensor, frames: Tensor) -> Tensor:
         """Pool rotated x [B, T n, H, D] of latent frames [B or 1, T] by blocks and take their time back out, fp32."""
         back = torch.zeros(*frames.shape, self.policy.blocks.count, 3, device=x.device)
-        back[..., 0] = -frames[
-            ..., None
-        ]  # all tokens of a block share their time: it turns their mean as it turned them
+        # all tokens of a block share their time: it turns their mean as it turned them
+        back[..., 0] = -frames[..., None]
         return rotate(self.policy.blocks.pool(x), *rotation(back.flatten(1, 2), x.shape[-1]))
 
 

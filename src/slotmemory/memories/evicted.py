@@ -77,9 +77,8 @@ class Evicted(Sink):
                 f"use window >= {max(sink, 0) + max(recent, 0) + chunk}"
             )
         total = (window - chunk) * per_frame if budget is None else min((window - chunk) * per_frame, budget)
-        whole = (
-            min(sink + recent, total // per_frame) * per_frame
-        )  # a budget buys whole frames first, the sink before all
+        # a budget buys whole frames first, the sink before all
+        whole = min(sink + recent, total // per_frame) * per_frame
         super().__init__(layout, whole, sink=sink, window=sink + recent + chunk, placing=placing, reach=reach)
         self.budget = total if budget is None else budget
         self.tile, self.capacity = tile, (total - whole) // tile**2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slotmemory.codecs.base import num_latents, to_float, to_uint8
-from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
+from slotmemory.codecs.preview import TIME_STRIDE, PreviewCodec, PreviewConfig
 from slotmemory.errors import InputError
 from slotmemory.training import loop
 from slotmemory.training.recipe import Frozen
@@ -97,14 +97,14 @@ class NarrativeClips:
 
     def _cut(self, narrative: Narrative, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         frames, roll = self.options.frames, rng.random()
-        span = (narrative.frames - frames) // 4 * 4
+        span = (narrative.frames - frames) // TIME_STRIDE * TIME_STRIDE
         first = int(rng.integers(span + 1))
         cuts = [chunk_frames(shot.start_chunk).start for shot in narrative.shots[1:]]
         if roll < self.options.at_cuts and cuts:
             first = int(np.clip(rng.choice(cuts) - rng.integers(1, frames), 0, span))
         if roll > 1 - self.options.still:
             return tuple(x.expand(frames, *x.shape[1:]) for x in _read(narrative, first, first + 1))
-        first -= first % 4  # latent frames begin where the world's shots and steps do, as in a stream
+        first -= first % TIME_STRIDE  # latent frames begin where the world's shots and steps do, as in a stream
         return _read(narrative, first, first + frames)
 
 

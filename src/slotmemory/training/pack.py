@@ -58,9 +58,8 @@ def main() -> int:
         settings = {"name": given.out.name, **settings_of(run)}
         pack(given.out, {**parts, "codec": exported(given.codec, "codec")}, settings)
         for name in sorted({".".join(path.name.split(".")[:2]) for path in run.glob("weights/memory.*.safetensors")}):
-            write_part(
-                given.out / f"{name}.safetensors", *read_tensors(exported(run, name, given.raw))
-            )  # small, and exact
+            # small, and kept exact
+            write_part(given.out / f"{name}.safetensors", *read_tensors(exported(run, name, given.raw)))
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
