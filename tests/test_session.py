@@ -1,6 +1,7 @@
 """A session either finishes a chunk or stays as it was, follows its script, and keeps its streams apart."""
 
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -141,6 +142,26 @@ def test_a_chunk_that_is_not_finite_is_dropped_with_the_name_of_the_memory():
 
 
 # the script
+
+
+def test_the_codec_decodes_when_what_was_read_and_seen_is_gone(monkeypatch):
+    passes, alive = [], []
+    clean = Session._clean_pass
+
+    def remembered(self, *given):
+        written = clean(self, *given)
+        passes.append([weakref.ref(x) for x in (written, written.pattern, written.layers[0].query)])
+        return written
+
+    class Decoder(ToyCodec):
+        def push(self, latents, state):
+            alive.extend(ref() for ref in passes[-1])
+            return super().push(latents, state)
+
+    monkeypatch.setattr(Session, "_clean_pass", remembered)
+    stream = session("sink", codec=Decoder())
+    stream.step()
+    assert alive == [None] * 3
 
 
 def test_a_stream_ends_with_its_script_and_says_so():

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from slotmemory.backbones.attention import Buffered
 from slotmemory.codecs.base import to_uint8
+from slotmemory.codecs.offload import Offloaded
 from slotmemory.memory import Memory
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class Footprint:
     tokens: int  # per layer that the memory is counted with
     per_token: int  # bytes that one token of the memory costs at the peak
     state: int  # bytes of a saved state on disk
+    host: int = 0  # bytes that rest on the processor while the device computes
+    others: tuple[tuple[int, int], ...] = ()  # the other moments of a step: bytes, and bytes that one token costs then
 
     @property
     def streaming(self) -> int:
@@ -96,7 +99,8 @@ class Footprint:
 
     def tokens_within(self, free: int) -> int:
         """The largest budget with which the job fits into so many bytes; below 0 if not even an empty memory does."""
-        return (free - (self.streaming - self.tokens * self.per_token)) // self.per_token
+        moments = ((self.streaming, self.per_token), *self.others)
+        return min((free - (count - self.tokens * each)) // each for count, each in moments)
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -118,13 +122,14 @@ def watched(run: Callable[[], Any]) -> tuple[Any, int, int]:
 
 def predict(engine: Engine, memory: Memory, chunks: int, batch: int = 1, text: int = 0) -> Footprint:
     """Predict what streaming `chunks` chunks takes. engine: with its weights on the `meta` device; text: bytes of a text
-    encoder that has prompts to encode.
+    encoder that has prompts to encode on the device.
 
-    What a step holds at once (`Session.step`): the memory's state before and after, what was read of it and rotated,
-    the buffers that passes attend to, what the clean pass saw in every layer, and the decoder.
+    What a step holds at once (`Session.step`), at its three fullest moments: in a pass, the memory's state, what was read
+    of it and rotated, the buffers that passes attend to, and what the clean pass saw in every layer; at the write, the
+    memory as it was and as it will be beside them; in the decoder, both memories and the decoder alone.
     """
     layout, width = engine.layout, engine.dtype.itemsize
-    backbone = engine.modules[0]
+    backbone, codec = engine.modules[0], engine.codec
     weights = bytes_of(t for module in engine.modules for t in (*module.parameters(), *module.buffers()))
     tokens = memory.budget
     if tokens is None:  # a memory without a budget of its own may end up with all of the video but its last chunk
@@ -140,20 +145,28 @@ def predict(engine: Engine, memory: Memory, chunks: int, batch: int = 1, text: i
         places = torch.arange(frames)
         pattern = Buffered([(empty, empty)] * layout.layers)
         (made, held, most) = watched(lambda: backbone(latents, steps, keys, places, pattern))
-        _, decoded, decoding = watched(lambda: _decoded(engine, latents))
+        (state, pixels), decoded, decoding = watched(lambda: _decoded(engine, latents))
 
     per_token = batch * layout.bytes_per_token(width)
     chunk = batch * layout.tokens_per_chunk * layout.bytes_per_token(width)
     buffers = tokens * per_token + chunk if tokens else 0  # a pass on shapes made them, beside what it saw
-    parts = {
-        "weights": weights,
-        "prompts": 2 * prompt,  # the present one, and the next at a switch
-        "memory": 2 * tokens * per_token,  # as it was and as it will be
-        "reading": tokens * per_token + buffers,
-        "pass": held - buffers + max(most - held, chunk, decoding),
-    }
+    seen, reading, kept = held - buffers, tokens * per_token + buffers, tokens * per_token
     del made
-    return Footprint(parts, text, tokens, (4 if tokens else 2) * per_token, tokens * per_token + decoded)
+    base, decoder, at_rest = {"weights": weights, "prompts": 2 * prompt}, decoded, 0  # two prompts meet at a switch
+    if isinstance(codec, Offloaded):
+        own = bytes_of(codec.tensors())
+        base["weights"] -= own
+        at_rest, decoder, decoding = own + bytes_of(tree_leaves(state)), pixels.nbytes, decoding + own
+    memories = 2 * kept  # as it was and as it will be
+    moments = [
+        ({"memory": memories, "reading": reading, "pass": seen + chunk, "decoder": decoder}, 4),
+        ({"memory": kept, "reading": reading, "pass": seen + most - held, "decoder": decoder}, 3),
+        ({"memory": memories, "decoder": decoding}, 2),
+    ]
+    each = [(base | parts, (times if tokens else 2) * per_token) for parts, times in moments]
+    each.sort(key=lambda moment: -sum(moment[0].values()))
+    others = tuple((sum(parts.values()), cost) for parts, cost in each[1:])
+    return Footprint(*each[0][:1], text, tokens, each[0][1], kept + decoded, at_rest, others)
 
 
 def _decoded(engine: Engine, latents: Tensor) -> Any:

@@ -181,10 +181,13 @@ class Session:
             clock.lap("clean")
             kept = self._kept(state, written)
             clock.lap("write")
+            layer = layout.layers // 2
+            recorded = record(self.state, state, kept, read[layer], layer)
+            del read, pattern, written  # what was read and seen makes room for the decoder
+            clock.lap("record")
             video, decoding = engine.codec.push(latents.to(engine.codec.dtype), self.decoding)
             pixels = to_uint8(video)
             clock.lap("decode")
-            layer = layout.layers // 2
             start, last = (layout.chunk_frames(now.chunk)[i] / layout.fps for i in (0, -1))
             stop = last + 1 / layout.fps
             shot, prompt = self.prompt_at(now.chunk)
@@ -194,7 +197,7 @@ class Session:
                 "shot": shot,
                 "prompt": prompt,
                 "switched": now.switched,
-                **record(self.state, state, kept, read[layer], layer),
+                **recorded,
                 "milliseconds": clock.laps,
             }
             chunk = Chunk(now.chunk, shot, prompt, start, stop, made, pixels, trace)
