@@ -162,17 +162,7 @@ class Session:
             read = self._read(state, now)
             pattern = self._pattern(state, now, read)
             clock.lap("read")
-            frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
-            shape = (self.batch, now.frames, layout.latent_channels, layout.latent_height, layout.latent_width)
-
-            def predict(noisy: Tensor, t: float) -> Tensor:
-                steps = torch.full(shape[:2], t, device=engine.device)
-                return engine.backbone(noisy, steps, told.keys, frames, pattern)[0]
-
-            def draw() -> Tensor:
-                return self.noise.fresh(shape).to(engine.device)
-
-            made = engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
+            made = self._denoised(now, told, pattern)
             latents = made.detach()
             if not bool(torch.isfinite(latents).all()):
                 raise not_finite(engine.memory, now, read)
@@ -286,6 +276,21 @@ class Session:
                 places, turn = positions, rotation(positions, layout.head_dim)  # layers mostly agree on places
             context.append((rotate(keys, *turn), values))
         return context
+
+    def _denoised(self, now: Now, told: Told, pattern: Pattern) -> Tensor:
+        """Make the chunk's latents out of the stream's noise."""
+        engine, layout = self.engine, self.engine.layout
+        frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
+        shape = (self.batch, now.frames, layout.latent_channels, layout.latent_height, layout.latent_width)
+
+        def predict(noisy: Tensor, t: float) -> Tensor:
+            steps = torch.full(shape[:2], t, device=engine.device)
+            return engine.backbone(noisy, steps, told.keys, frames, pattern)[0]
+
+        def draw() -> Tensor:
+            return self.noise.fresh(shape).to(engine.device)
+
+        return engine.sampler.denoise(predict, self.noise.first(shape).to(engine.device), draw)
 
     @torch.no_grad()
     def _clean_pass(self, latents: Tensor, now: Now, pattern: Pattern) -> Written:
