@@ -24,9 +24,27 @@ What the paper leaves open, and what is done here (letters of the argument that 
 - Items that sink or window still show are read all the same (`overlap`), as in the published family.
 - A prompt switch leaves bank and slots alone; scores are computed with the new prompt from its first chunk on.
 All slot mathematics runs in fp32.
+
+Ablations; each changes one thing, and bank, budget, tokens per slot and scores keep their meaning:
+- `grouping` deals the tokens: "learned" by slot attention; "shuffled" the same, but tokens then trade places at random
+  within their latent frame; "kmeans" clusters of the adapted tokens, started from those of the chunk before; "grid" fixed
+  rectangles; "oracle" masks from the file `masks` (`_masks.py`), whose ids own the items. A group of the last three is
+  represented, and expected in the coming chunk, by the mean of its adapted tokens; slots run, and learn, beside them.
+- `retrieval` scores: "relevance"; "text" and "visual" are `text_weight` 1 and 0; "random" draws anew for every chunk.
+- `seed` is for what they draw, which depends on it, the chunk and the layer alone.
+
+Beyond the paper, all off by default (its stated limits, 4.4; `slots/entities.py` says how):
+- `merge`, a cosine such as 0.9 (SOLV, arXiv 2310.06907: 0.88): slots more alike are one; tokens are bound once more.
+- `identify`, a cosine such as 0.8: owners are entities and no longer numbers of slots. A slot that becomes unlike itself or
+  appears takes the identity of the most similar item in the bank, else a new one is born; one that disappears stays in
+  the bank. With `merge` or `identify`, a slot merged away or with less than 1 / (4 S) of the chunk stores nothing.
+- `floor`: the newest items of every owner that others cannot push out of the bank, as long as floors fit into it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +52,19 @@ from torch import Tensor
 
 from slotmemory.errors import InputError, unknown
 from slotmemory.layout import Layout
+from slotmemory.memories._masks import load_masks, masks_of
 from slotmemory.memories._placing import place
+from slotmemory.memories._ragged import Padded, best, hiding_padding, packed, real, standard
 from slotmemory.memories.sink import Sink
 from slotmemory.memory import Bank, Now, State, Written
 from slotmemory.slots import Grouper, LayerAdapters, measure, select
+from slotmemory.slots.entities import Merged, identify, merge, whole
+from slotmemory.slots.groupings import cells, dice, kmeans, labelled, ranked, shuffled
 from slotmemory.slots.learning import Learning, Lesson, losses
 
 STORES = {"first": "first", "balanced": "balanced", "all": None}
+GROUPINGS = ("learned", "shuffled", "kmeans", "grid", "oracle")
+RETRIEVALS = ("relevance", "text", "visual", "random")
 
 
 class Slots(Sink):
@@ -48,7 +72,8 @@ class Slots(Sink):
 
     slots, slot_dim: how many entities and how wide their vectors; tokens_per_slot: tokens of an item; bank: records
     kept; record_every: chunks between records; text_weight: the text's share of relevance; top_k: items read;
-    attn_scale: see `slots.Predictor`; weights: trained ones, see `Engine.with_memory`.
+    attn_scale: see `slots.Predictor`; weights: trained ones, see `Engine.with_memory`. grouping, masks, retrieval, seed:
+    ablations; merge, identify, floor: dynamic slots, 0 is off.
     """
 
     source = "SlotMemory (arXiv 2605.31033)"
@@ -73,15 +98,34 @@ class Slots(Sink):
         top_k: int | None = None,
         attn_scale: str = "standard",
         weights: str = "",
+        grouping: str = GROUPINGS[0],
+        masks: str = "",
+        retrieval: str = RETRIEVALS[0],
+        seed: int = 0,
+        merge: float = 0.0,
+        identify: float = 0.0,
+        floor: int = 0,
         **options,
     ):
-        if store not in STORES:
-            raise InputError(unknown("store", store, STORES))
-        if text_by not in ("query", "key"):
-            raise InputError(unknown("text_by", text_by, ("query", "key")))
-        for name, value, least in (("slots", slots, 1), ("bank", bank, 0), ("record_every", record_every, 1)):
+        for name, value, known in (
+            ("store", store, STORES),
+            ("text_by", text_by, ("query", "key")),
+            ("grouping", grouping, GROUPINGS),
+            ("retrieval", retrieval, RETRIEVALS),
+        ):
+            if value not in known:
+                raise InputError(unknown(name, value, known))
+        if bool(masks) != (grouping == "oracle"):
+            raise InputError(
+                f"grouping={grouping} with masks={masks!r}: oracle groups by a file of masks, no other does"
+            )
+        at_least = {"slots": (slots, 1), "bank": (bank, 0), "record_every": (record_every, 1), "floor": (floor, 0)}
+        for name, (value, least) in at_least.items():
             if value < least:
                 raise InputError(f"{name}={value} is too small; use {least} or more")
+        for name, value in (("merge", merge), ("identify", identify)):
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}={value} is no cosine from 0 to 1; use one such as 0.9, or 0 for off")
         per_record = slots * tokens_per_slot
         if budget is None:
             super().__init__(layout, None, **options)
@@ -101,7 +145,13 @@ class Slots(Sink):
         self.num_slots, self.tokens_per_slot, self.capacity = slots, tokens_per_slot, bank * slots
         self.record_every, self.record_first = record_every, record_first
         self.store, self.exclusive, self.overlap = STORES[store], exclusive, overlap
-        self.text_weight, self.text_by, self.standardise, self.top_k = text_weight, text_by, standardise, top_k
+        self.text_weight = {"text": 1.0, "visual": 0.0}.get(retrieval, text_weight)
+        self.text_by, self.standardise, self.top_k = text_by, standardise, top_k
+        self.grouping, self.retrieval, self.seed = grouping, retrieval, seed
+        self.merge, self.identify, self.floor = merge, identify, floor
+        self.slotted, self.dynamic = grouping in ("learned", "shuffled"), bool(merge or identify)
+        self.register_buffer("cells", cells(layout.grid, slots), persistent=False)
+        self.register_buffer("masks", load_masks(masks, layout) if masks else None, persistent=False)
         with torch.random.fork_rng(devices=[]):  # untrained slots are the same in every process
             torch.manual_seed(0)
             self.adapters = LayerAdapters(layout.layers, layout.model_width, slot_dim)
@@ -110,7 +160,10 @@ class Slots(Sink):
         self.learning = Learning()
 
     def start(self, batch: int) -> State:
-        return {**super().start(batch), "slots": [], "running": None, "mass": None, "lesson": None, "chunks": 0}
+        """running, mass: slots [L, B, S, C] of the last chunk and their shares; groups, owners: what stood for its tokens,
+        [L, B, S, C], and whose each is [L, B, S], -1: not active; births [L, B]: identities given so far."""
+        nothing = dict.fromkeys(("running", "mass", "lesson", "groups", "owners", "births"))
+        return {**super().start(batch), "slots": [], **nothing, "chunks": 0, "latents": 0}
 
     # read
 
@@ -122,33 +175,42 @@ class Slots(Sink):
         if not self.overlap:
             bank = self._unseen(bank, state, layer)
         if self.top_k is not None and self.top_k < bank.items:
-            score = self._relevance(bank, self._predicted(state, layer), now, layer)
+            # draws are what they were when the chunk was written
+            score = bank.score if self.retrieval == "random" else self._relevance(bank, state, now, layer)
+            score = score.masked_fill(~real(bank), float("-inf"))
             bank = bank.take(score.topk(self.top_k, sorted=False).indices.sort(1).values)
         return [*place([bank], now, "native" if self.placing == "relative" else self.placing, self.reach), *context]
 
     def _unseen(self, bank: Bank, state: State, layer: int) -> Bank:
-        """Leave out items of frames that sink or window still show; all rows are in step, so row 0 tells."""
+        """Leave out items of frames that sink or window still show; their frames are the same in all rows."""
         shown = [state[name][layer].born[0] for name in ("sink", "window") if state[name]]  # a switch may empty both
-        if not shown:
-            return bank
-        shown = torch.cat(shown)
-        return bank.take((~torch.isin(bank.born[0], shown)).nonzero()[:, 0].expand(len(bank.born), -1))
+        return packed(bank, real(bank) & ~torch.isin(bank.born, torch.cat(shown))) if shown else bank
 
-    def _predicted(self, state: State, layer: int) -> Tensor:
-        return self.grouper.predict(state["running"][layer])  # [B, S, C]
+    def attend(
+        self, state: State, now: Now, read: Sequence[list[Bank]], context: Sequence[tuple[Tensor, Tensor]]
+    ) -> Padded | None:
+        return hiding_padding(read, context) if self.dynamic or not self.overlap else None
 
-    def _relevance(self, bank: Bank, predicted: Tensor, now: Now, layer: int) -> Tensor:
+    def _relevance(self, bank: Bank, state: State, now: Now, layer: int) -> Tensor:
         """Score items for what comes next: [B, M] fp32."""
+        if self.retrieval == "random":
+            drawn = torch.rand(bank.items, generator=dice(self.seed, state["chunks"], layer)).to(bank.keys.device)
+            score = drawn[(real(bank).cumsum(1) - 1).clamp_min(0)]  # padding takes no draw from a row's items
+        else:
+            score = self._similarity(bank, state, now, layer)
+        # a slot that held almost nothing of its chunk stands for nothing
+        return score.masked_fill(bank.notes["mass"] < 1 / (4 * self.num_slots), float("-inf"))
+
+    def _similarity(self, bank: Bank, state: State, now: Now, layer: int) -> Tensor:
         words = now.words(layer).flatten(1)[:, None]  # [B, 1, H D]
         meaning = bank.notes["query"] if self.text_by == "query" else bank.keys.float().mean(2)
         text = F.cosine_similarity(words, meaning.flatten(2).float(), -1)
-        slots = F.normalize(bank.notes["slot"], dim=-1) @ F.normalize(predicted, dim=-1).mT  # [B, M, S]
-        visual = slots.amax(-1)
+        expected = self.grouper.predict(state["running"][layer]) if self.slotted else state["groups"][layer]
+        slots = F.normalize(bank.notes["slot"], dim=-1) @ F.normalize(expected, dim=-1).mT  # [B, M, S]
+        visual = slots.masked_fill((state["owners"][layer] < 0)[:, None], -1).amax(-1)
         if self.standardise:
-            text, visual = (_standard(x) for x in (text, visual))
-        score = self.text_weight * text + (1 - self.text_weight) * visual
-        # a slot that held almost nothing of its chunk stands for nothing
-        return score.masked_fill(bank.notes["mass"] < 1 / (4 * self.num_slots), float("-inf"))
+            text, visual = (standard(x, real(bank)) for x in (text, visual))
+        return self.text_weight * text + (1 - self.text_weight) * visual
 
     # write
 
@@ -158,36 +220,90 @@ class Slots(Sink):
             return state
         layers = len(written.layers)
         tokens = torch.stack([self.adapters.one(i, seen.hidden) for i, seen in enumerate(written.layers)])
-        rows = tokens.flatten(0, 1)  # [layers B, N, C]
-        running = state["running"]
-        grouping = self.grouper.first(rows) if running is None else self.grouper.next(running.flatten(0, 1), rows)
-        bound, assignment = (x.unflatten(0, (layers, -1)) for x in grouping)  # [layers, B, S, ...]
-        mass = measure.mass(assignment).detach()
+        bound = self._bind(state["running"], tokens)
         lesson = None
         if torch.is_grad_enabled():
-            lesson = vars(Lesson(bound, assignment, tokens, running, state["mass"], written.now.switched))
+            given = (state["running"], state["mass"], written.now.switched)
+            lesson = vars(Lesson(bound.slots, bound.assignment, tokens, *given))
+        groups, owners = self._group(state, bound, tokens, written)
+        owners, births = self._identify(state, groups, owners)
         chunk = state["chunks"]
-        state = {**state, "running": bound, "mass": mass, "lesson": lesson, "chunks": chunk + 1}
+        state = {
+            **state,
+            "running": bound.slots,
+            "mass": measure.mass(bound.assignment).detach(),
+            "lesson": lesson,
+            "groups": groups.slots.detach(),
+            "owners": owners,
+            "births": births,
+            "chunks": chunk + 1,
+            "latents": state["latents"] + written.frames,
+        }
         if not self._records(chunk):
             return state
         chosen = select(
-            assignment,
+            groups.assignment,
             self.tokens_per_slot,
             exclusive=self.exclusive,
             latents=written.frames,
             frames=self.store,
         )
-        new = [self._items(written, i, chosen.indices[i], bound[i], chosen.mass[i]) for i in range(layers)]
+        new = [self._items(written, i, chosen.indices[i], state, chosen.mass[i]) for i in range(layers)]
         old = state["slots"]
         return {**state, "slots": [a.join(b) for a, b in zip(old, new)] if old else new}
+
+    def _bind(self, running: Tensor | None, tokens: Tensor) -> Merged:
+        """Bind tokens [L, B, N, C] to slots; duplicates are merged if asked."""
+        rows = tokens.flatten(0, 1)  # [L B, N, C]
+        found = whole(self.grouper.first(rows) if running is None else self.grouper.next(running.flatten(0, 1), rows))
+        if self.merge and self.slotted:
+            merged = merge(found.slots, found.assignment, self.merge)
+            again = Merged(*self.grouper.again(merged.slots, rows, merged.alive), merged.alive)
+            changed = ~merged.alive.all(-1)[:, None, None]
+            found = Merged(*(torch.where(changed, *pair) for pair in zip(again[:2], found)), merged.alive)
+        return Merged(*(x.unflatten(0, (len(tokens), -1)) for x in found))
+
+    def _group(self, state: State, bound: Merged, tokens: Tensor, written: Written) -> tuple[Merged, Tensor]:
+        """Deal tokens [L, B, N, C] as `grouping` says: the groups, and the owner of each [L, B, S]."""
+        owners = torch.arange(self.num_slots, device=tokens.device).expand(bound.alive.shape)
+        if self.grouping == "learned":
+            return bound, owners
+        if self.grouping == "shuffled":
+            dealt = shuffled(bound.assignment, written.frames, dice(self.seed, state["chunks"]))
+            return bound._replace(assignment=dealt), owners
+        if self.grouping == "kmeans":
+            labels = kmeans(tokens, self.num_slots, state["groups"])
+        elif self.grouping == "grid":
+            labels = self.cells.repeat(written.frames)
+        else:
+            ids = masks_of(self.masks, state["latents"], written.frames, tokens.shape[1])
+            labels, names = ranked(ids, self.num_slots, int(self.masks.max()) + 1)
+            owners = names.expand(owners.shape)
+        found = labelled(tokens, labels, self.num_slots)
+        return merge(*found, self.merge) if self.merge else whole(found), owners
+
+    def _identify(self, state: State, groups: Merged, owners: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Whose each group is [L, B, S], -1 where it is not active; and how many identities were given [L, B]."""
+        if not self.dynamic:
+            return owners, None
+        active = groups.alive & measure.present(measure.mass(groups.assignment))
+        if not self.identify:
+            return owners.masked_fill(~active, -1), None
+        births = torch.zeros_like(owners[..., 0]) if state["births"] is None else state["births"]
+        found = []
+        for layer, slots in enumerate(groups.slots):
+            earlier = None if state["owners"] is None else (state["groups"][layer], state["owners"][layer])
+            stored = (state["slots"][layer].notes["slot"], state["slots"][layer].owner) if state["slots"] else None
+            found.append(identify(slots, active[layer], self.identify, births[layer], earlier, stored))
+        return tuple(torch.stack(parts) for parts in zip(*found))
 
     def _records(self, chunk: int) -> bool:
         """chunk: how many were written before it, those of a given past too, which have no chunk numbers."""
         return chunk % self.record_every == 0 and (self.record_first or self.sink == 0 or chunk > 0)
 
-    def _items(self, written: Written, layer: int, indices: Tensor, bound: Tensor, mass: Tensor) -> Bank:
-        """Gather each slot's tokens as one item: indices [B, S, R], bound [B, S, C], mass [B, S]."""
-        seen = written.layers[layer]
+    def _items(self, written: Written, layer: int, indices: Tensor, state: State, mass: Tensor) -> Bank:
+        """Gather each group's tokens as one item: indices [B, S, R], mass [B, S]; dynamic slots only where active."""
+        seen, owner = written.layers[layer], state["owners"][layer]
 
         def gather(x: Tensor) -> Tensor:  # [B, N, ...] -> [B, S, R, ...]
             flat = indices.flatten(1)
@@ -196,19 +312,20 @@ class Slots(Sink):
 
         positions = gather(written.positions.expand(len(indices), -1, -1))
         born = torch.full(indices.shape[:2], written.now.frame, device=indices.device)
-        return Bank(
+        items = Bank(
             gather(seen.keys.detach()),
             gather(seen.values.detach()),
             positions,
             born,
-            torch.arange(self.num_slots, device=indices.device).expand(born.shape),
+            owner,
             torch.zeros(born.shape, device=indices.device),
             {
                 "query": gather(seen.text_query.detach()).float().mean(2),
-                "slot": bound.detach(),
+                "slot": state["groups"][layer],
                 "mass": mass,
             },
         )
+        return packed(items, owner >= 0) if self.dynamic else items
 
     # what is learnt
 
@@ -226,17 +343,17 @@ class Slots(Sink):
         return {**state, "slots": [self._evict(state, layer, written.now) for layer in range(len(state["slots"]))]}
 
     def _evict(self, state: State, layer: int, now: Now) -> Bank:
-        """Refresh the scores and keep the best; what was just written stays."""
-        bank = state["slots"][layer]
-        score = self._relevance(bank, self._predicted(state, layer), now, layer)
-        bank = Bank(**{**vars(bank), "score": score})
+        """Refresh the scores and keep the best: what was just written first, then every owner's floor."""
+        bank = replace(state["slots"][layer], score=self._relevance(state["slots"][layer], state, now, layer))
         if bank.items <= self.capacity:
             return bank
-        rank = score.masked_fill(bank.born == now.frame, float("inf"))
-        keep = rank.topk(self.capacity).indices.sort(1).values  # in order of writing
-        return bank.take(keep)
+        counted = real(bank) & bank.score.isfinite()
+        newer = (bank.owner[:, :, None] == bank.owner[:, None]) & counted[:, None]  # items are in order of writing
+        floored = counted & (newer.triu(1).sum(-1) < self.floor)
+        return best(bank, torch.where(bank.born == now.frame, 2, floored.long()), self.capacity)
 
+    # what is seen from outside
 
-def _standard(x: Tensor) -> Tensor:
-    std, mean = torch.std_mean(x, dim=-1, keepdim=True, unbiased=False)
-    return (x - mean) / (std + 1e-6)
+    def look(self, state: State) -> dict[str, Tensor]:
+        """With dynamic slots {"owners": [L, B, S]}: whose each slot is, -1 where it is not active."""
+        return {"owners": state["owners"]} if self.dynamic and state["owners"] is not None else {}

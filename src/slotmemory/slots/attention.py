@@ -55,8 +55,10 @@ class SlotAttention(FullPrecision):
         self.mlp = Residual(dim, 4 * dim if hidden is None else hidden)
 
     @full_precision
-    def forward(self, slots: Tensor, tokens: Tensor, iterations: int) -> Grouping:
-        """slots [B, S, C], tokens [B, N, token_dim] -> slots [B, S, C], assignment [B, S, N] of the last iteration."""
+    def forward(self, slots: Tensor, tokens: Tensor, iterations: int, alive: Tensor | None = None) -> Grouping:
+        """slots [B, S, C], tokens [B, N, token_dim] -> slots [B, S, C], assignment [B, S, N] of the last iteration.
+
+        Slots that are not `alive` [B, S] take no part in the competition: their assignment is 0."""
         if iterations < 1:
             raise ValueError(f"iterations={iterations}: expected at least 1")
         features = self.norm_features(tokens)
@@ -66,6 +68,8 @@ class SlotAttention(FullPrecision):
             logits = self.to_q(normed) @ k.mT * self.scale
             if self.logit_limit is not None:
                 logits = logits.clamp(-self.logit_limit, self.logit_limit)
+            if alive is not None:
+                logits = logits.masked_fill(~alive.unsqueeze(-1), -torch.inf)
             assignment = logits.softmax(dim=-2)
             # eps after the softmax: a slot that no token chose reads the mean of all tokens instead of dividing by 0.
             weights = assignment + self.eps
@@ -216,6 +220,14 @@ class Grouper(FullPrecision):
     def next(self, slots: Tensor, tokens: Tensor) -> Grouping:
         """Bind a later chunk from the slots [B, S, C] of the chunk before it."""
         return self.grouper(self.predict(slots), tokens, self.next_iterations)
+
+    def again(self, slots: Tensor, tokens: Tensor, alive: Tensor) -> Grouping:
+        """Bind a chunk once more from slots [B, S, C] that were merged: one iteration among those alive [B, S].
+
+        The others come back as the initialiser starts them, free for what appears next."""
+        found = self.grouper(slots, tokens, 1, alive)
+        fresh = self.initializer(slots.shape[:-2])
+        return Grouping(torch.where(alive.unsqueeze(-1), found.slots, fresh), found.assignment)
 
     def predict(self, slots: Tensor) -> Tensor:
         """The slots [B, S, C] expected for the next chunk, before any of its tokens is seen."""
