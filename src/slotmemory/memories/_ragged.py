@@ -62,15 +62,16 @@ class Padded(Buffered):
         return attend(query, keys, values, torch.cat((~self.hidden[layer], own), 1)[:, None, None])
 
 
-def padding_of(bank: Bank) -> Tensor:
-    """Which tokens are padding: [B, M n] bool."""
-    return (~real(bank)).repeat_interleave(bank.keys.shape[2], 1)
-
-
 def hiding_padding(read: Sequence[list[Bank]], context: Sequence[tuple[Tensor, Tensor]]) -> Padded | None:
     """The pattern for what was read (`Memory.attend`); None where every row is full."""
-    if len(context[0][0]) == 1:
+    if len(context[0][0]) == 1 or not any(read):
         return None
-    hidden = [torch.cat([padding_of(bank) for bank in found], 1) if found else None for found in read]
-    some = [found is not None and bool(found.any()) for found in hidden]
-    return Padded(context, [found if any_ else None for found, any_ in zip(hidden, some)]) if any(some) else None
+    hidden = [torch.cat([_padding_of(bank) for bank in found], 1) if found else None for found in read]
+    some = iter(torch.stack([found.any() for found in hidden if found is not None]).tolist())  # one wait for all layers
+    hidden = [found if found is not None and next(some) else None for found in hidden]
+    return Padded(context, hidden) if any(found is not None for found in hidden) else None
+
+
+def _padding_of(bank: Bank) -> Tensor:
+    """Which tokens are padding: [B, M n] bool."""
+    return (~real(bank)).repeat_interleave(bank.keys.shape[2], 1)
