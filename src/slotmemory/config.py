@@ -27,6 +27,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slotmemory"
 
 
+def launched() -> tuple[int, int, int] | None:
+    """This process's number, how many there are, and its number on this machine, where a launcher such as torchrun
+    started it; None where it stands alone."""
+    told = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    if told[0] is None or told[1] is None:
+        return None
+    try:
+        rank, world, local = (int(value) for value in (*told[:2], told[2] or 0))
+    except ValueError:
+        raise InputError(f"RANK, WORLD_SIZE and LOCAL_RANK are {', '.join(map(str, told))}, expected numbers") from None
+    return rank, world, local
+
+
 class Generate(BaseModel):
     """Everything that decides a run's video beside its script."""
 

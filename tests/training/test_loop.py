@@ -9,16 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from slotmemory.training import loop
+from slotmemory.training import optimise, trainer
 from slotmemory.training.loop import (
     Context,
     TrainingError,
     cast_call,
     generator_for,
-    rate_factor,
     seed_for,
     train,
 )
+from slotmemory.training.optimise import rate_factor
 from slotmemory.training.recipe import find_objective, parse_recipe
 from tests.disk import file_size_limit
 
@@ -187,7 +187,7 @@ def test_a_full_disk_stops_no_training_but_its_end_and_nothing_kept_is_lost(tmp_
 
 
 def test_a_checkpoint_is_tried_again_once_there_is_space(tmp_path, monkeypatch):
-    saves, save = [], loop._Trainer.save
+    saves, save = [], trainer.Trainer.save
 
     def refusing(trainer):
         saves.append(trainer.step)
@@ -195,7 +195,7 @@ def test_a_checkpoint_is_tried_again_once_there_is_space(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         save(trainer)
 
-    monkeypatch.setattr(loop._Trainer, "save", refusing)
+    monkeypatch.setattr(trainer.Trainer, "save", refusing)
     train(recipe(checkpoint_steps=2), tmp_path)
     assert saves == [2, 4, 6, 8, 8]
     assert torch.load(tmp_path / "checkpoint" / "last.pt", weights_only=True)["step"] == 8
@@ -219,14 +219,20 @@ def test_modules_that_a_step_does_not_train_keep_weights_momenta_and_average(tmp
 
 def test_groups_with_a_clip_are_clipped_apart():
     pieces = {name: torch.full((4,), 2.0) for name in ("a", "b", "c")}  # norm 4 each
-    loop.clip_gradient(pieces, [(1.0, ["a"]), (100.0, ["b"])], 2.0)
+    optimise.clip_gradient(pieces, optimise.clip_parts(list(pieces), [(1.0, ["a"]), (100.0, ["b", "unseen"])], 2.0))
     assert [float(pieces[name].norm()) for name in pieces] == pytest.approx([1, 4, 2])
+
+
+def test_a_gradient_is_clipped_by_the_norm_of_all_its_shares():
+    mine, other = torch.full((4,), 2.0), 48.0  # norm 4 here, and 48 its square elsewhere: 8 in all
+    optimise.clip_gradient({}, [(2.0, ["a"])], {"a": mine}, [float(mine.square().sum()) + other])
+    assert float(mine.norm()) == pytest.approx(1)
 
 
 def test_averages_that_begin_later_do_so_at_their_full_length():
     late, early = recipe(ema=0.99, ema_from=200), recipe(ema=0.99)
-    assert [loop.average_decay(late, step) for step in (0, 199, 200, 900)] == [0, 0, 0.99, 0.99]
-    assert [loop.average_decay(early, step) for step in (0, 10**4)] == [0.1, 0.99]
+    assert [optimise.average_decay(late, step) for step in (0, 199, 200, 900)] == [0, 0, 0.99, 0.99]
+    assert [optimise.average_decay(early, step) for step in (0, 10**4)] == [0.1, 0.99]
 
 
 def test_rates_warm_up_stay_and_fall_to_zero():

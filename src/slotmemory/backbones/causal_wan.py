@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from slotmemory.backbones.attention import Dense, Pattern, attend
 from slotmemory.backbones.rope import grid_positions, rotate, rotation
+from slotmemory.backbones.sequence import Gathered, Ulysses
 
 TextKeys = Sequence[tuple[Tensor, Tensor]]  # per layer: keys and values [B, L, H, D] of the prompt
 
@@ -161,6 +162,8 @@ class Head(nn.Module):
 class CausalWan(nn.Module):
     """Predict the flow of latent frames, given their noise levels, a prompt, positions and an attention pattern."""
 
+    sequence: Ulysses | None = None  # with whom the tokens of a pass are shared
+
     def __init__(self, config: WanConfig):
         super().__init__()
         self.config = config
@@ -242,7 +245,8 @@ class CausalWan(nn.Module):
         """
         x, grid = self.patchify(latents.to(self.dtype))
         turn = rotation(grid_positions(frames.reshape(-1, latents.shape[1]), *grid), self.config.head_dim)
-        x, embedded, seen = self.run(x, timesteps, text, turn, pattern or Dense())
+        # the class's own: where weights are sharded, the instance's `run` is an entrance that gathers them first
+        x, embedded, seen = CausalWan.run(self, x, timesteps, text, turn, pattern or Dense())
         return self.unpatchify(self.head(x, embedded), grid).to(latents.dtype), seen
 
     def run(
@@ -254,8 +258,14 @@ class CausalWan(nn.Module):
         """
         embedded = self.embed_time(timesteps)
         modulation = self.time_projection(embedded).unflatten(-1, (6, -1))
-        seen = []
+        seen, frames, shared = [], x.shape[1], self.sequence
+        if shared is not None and not shared.divides(x.shape[2], self.config.num_heads):
+            shared = None
+        if shared is not None:
+            x, turn, pattern = shared.mine(x, 2), shared.turn(turn, frames), shared.pattern(pattern, frames)
         for layer, block in enumerate(self.blocks):
             x, saw = block(x, modulation, text[layer], turn, pattern, layer)
             seen.append(saw)
+        if shared is not None:
+            x, seen = shared.joined(x), [Gathered(shared, layer, frames) for layer in seen]
         return x, embedded, seen

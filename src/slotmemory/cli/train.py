@@ -27,13 +27,25 @@ def train(
     import logging
     import sys
 
+    from slotmemory.config import launched
     from slotmemory.errors import InputError
     from slotmemory.training.loop import TrainingError
     from slotmemory.training.loop import train as run_training
+    from slotmemory.training.processes import Place
     from slotmemory.training.recipe import load_recipe
 
     folder = out or default_folder(recipe)
+    place = None if launched() is None else Place(*launched())
+    if place is not None:  # as many as were started, whatever the recipe says
+        changes = [*changes, f"processes={place.world}"]
     loaded = load_recipe(recipe, changes)
+    if place is not None and place.rank:  # process 0 speaks for all
+        try:
+            if not dry_run:
+                run_training(loaded, folder, resume=not fresh, place=place)
+        except TrainingError:
+            raise typer.Exit(1) from None
+        return
     if dry_run:
         from slotmemory.training.plan import plan, told
 
@@ -48,7 +60,7 @@ def train(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         with progress(loaded.steps) as watch:
-            reason = run_training(loaded, folder, resume=not fresh, watch=watch)
+            reason = run_training(loaded, folder, resume=not fresh, watch=watch, place=place)
     except TrainingError as error:
         raise InputError(str(error)) from error
     except FileExistsError as error:

@@ -8,6 +8,7 @@ Shapes: L layers, B rows, S slots, N tokens, C slot width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,8 @@ class Learning:
     tau: temperature of the contrast; direction: "row" asks earlier slots for later ones (eq. 8), "col" the reverse
     (SlotContrast), "sym" both; across: weight of a pair that a prompt switch parts; detach_earlier: cut the earlier
     chunk's slots; alpha, threshold: weight of the reconstruction and the confidence above which a token counts in it;
-    negatives [L, M, C]: slots of other streams to keep away from.
+    negatives [L, M, C]: slots of other streams to keep away from; gather: lays what all processes have [L, N, ...] side
+    by side [L, P N, ...], with gradients, so that the streams of all are contrasted together.
     """
 
     reconstruct: bool = False
@@ -35,6 +37,7 @@ class Learning:
     alpha: float = 1.0
     threshold: float = 0.5
     negatives: Tensor | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,15 @@ def losses(lesson: Lesson, how: Learning) -> dict[str, Tensor]:
     found = {}
     if lesson.earlier is not None:
         weight = pair_weight(lesson.earlier_mass, lesson.mass.detach()) * (how.across if lesson.switched else 1.0)
+        earlier, later, weight = (x.flatten(1, 2) for x in (lesson.earlier, lesson.slots, weight))
+        if how.gather is not None:
+            earlier, later, weight = how.gather(earlier), how.gather(later), how.gather(weight)
         found["slot_contrast"] = contrast(
-            lesson.earlier.flatten(1, 2),
-            lesson.slots.flatten(1, 2),
+            earlier,
+            later,
             tau=how.tau,
             direction=how.direction,
-            weight=weight.flatten(1, 2),
+            weight=weight,
             negatives=how.negatives,
             detach_earlier=how.detach_earlier,
         )

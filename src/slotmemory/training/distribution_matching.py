@@ -95,6 +95,9 @@ class Objective(Student):
     def modules(self) -> dict[str, nn.Module]:
         return {**super().modules(), "critic": self.critic}
 
+    def networks(self) -> list[nn.Module]:
+        return [*super().networks(), self.critic]
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         critic = group("critic", self.critic, self.options.critic_rate, self.options.critic_clip)
         return [*super().parameter_groups(), critic]

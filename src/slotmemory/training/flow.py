@@ -132,6 +132,9 @@ class Objective(loop.Objective):
     def modules(self) -> dict[str, nn.Module]:
         return {"transformer": self.transformer, "words": self.words, "probe": self.probe}
 
+    def networks(self) -> list[nn.Module]:
+        return [self.transformer]
+
     auxiliary = frozenset({"probe"})
 
     def parameter_groups(self):

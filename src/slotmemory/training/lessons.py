@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, distributed
+from torch import Tensor
 
+from slotmemory.backbones.sequence import gather
 from slotmemory.memories.slots import Slots
 from slotmemory.slots.learning import Learning, Lesson, measures
 from slotmemory.slots.losses import Direction
@@ -32,6 +33,7 @@ class LessonOptions(Frozen):
     threshold: float = Field(0.5, description="confidence above which a token counts in the reconstruction")
     threshold_from: float | None = Field(None, description="where it starts; none: at `threshold`, all the time")
     threshold_steps: int = Field(500, ge=1, description="steps in which it rises from there")
+    gathered: bool = Field(False, description="slots of all processes are contrasted together, chunk by chunk")
     queue: int = Field(2048, ge=0, description="slots of earlier streams kept as negatives, those of all processes")
 
 
@@ -51,8 +53,13 @@ class Lessons:
         threshold = start + (o.threshold - start) * min(1.0, step / o.threshold_steps)
         negatives = self.queue if self.queue.shape[1] else None
         self.memory.learning = Learning(
-            self.reconstruct, o.tau, o.direction, o.across, o.detach_earlier, o.alpha, threshold, negatives
-        )
+            self.reconstruct, o.tau, o.direction, o.across, o.detach_earlier, o.alpha, threshold, negatives,
+            self.gathered if o.gathered and self.context.processes > 1 else None,
+        )  # fmt: skip
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """What the processes with other samples have, side by side: [L, N, ...] -> [L, P N, ...]."""
+        return gather(x, self.context.group).movedim(0, 1).flatten(1, 2)
 
     def note(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Note where a stream's slots are at the end of a clip; return how they do, if they learnt from its last chunk."""
@@ -70,9 +77,7 @@ class Lessons:
             return
         new = torch.cat(self.waiting, 1)
         if self.context.processes > 1:
-            parts = [torch.empty_like(new) for _ in range(self.context.processes)]
-            distributed.all_gather(parts, new)
-            new = torch.cat(parts, 1)
+            new = self.gathered(new)
         self.queue = torch.cat((self.queue, new), 1)
         self.queue = self.queue[:, max(0, self.queue.shape[1] - self.options.queue) :]
         self.waiting = []

@@ -81,11 +81,17 @@ class Objective(distribution_matching.Objective):
         o, switch = self.options, None
         if o.switches:
             drawn = int(torch.randint(len(o.switches), (), generator=random))
-            switch = o.switches[drawn] // self.size
+            switch = o.switches[self.context.agreed(drawn)] // self.size
         chunks = o.length // self.size
         scripts = [self.source.script(chunks, random, switch) for _ in range(self.context.batch)]
         seeds = torch.randint(2**62, (len(scripts),), generator=random).tolist()
-        return Rollout(self.engine, together(scripts), seeds, self.keep, self.options.reminders)
+        return Rollout(self.engine, self.in_step(together(scripts)), seeds, self.keep, self.options.reminders)
+
+    def in_step(self, script: dict[int, list[str]]) -> dict[int, list[str]]:
+        """Prompts that change on all processes or on none where a change takes passes that all must make."""
+        told = [script[chunk] for chunk in sorted(script)]
+        changes = len(told) == 2 and told[0] != told[1]
+        return script if not self.context.in_step or self.context.agreed_all(changes) else {0: told[0]}
 
     def chunks_per_clip(self) -> float:
         o = self.options

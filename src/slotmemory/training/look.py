@@ -7,6 +7,7 @@ from PIL import Image
 
 from slotmemory.engine import Engine
 from slotmemory.models import assemble
+from slotmemory.training.parallel import whole
 
 # what the embedded model is asked for at sampling, and what its memories default to
 SETTINGS = {
@@ -39,7 +40,7 @@ def filmstrips(objective, folder: Path, memory: str = "sink") -> None:
     """Write one PNG: a row per script, two frames per chunk."""
     dtype = objective.context.dtype
     backbone = type(objective.transformer)(objective.transformer.config).to(dtype)
-    backbone.load_state_dict(objective.transformer.state_dict())
+    backbone.load_state_dict({name: whole(tensor) for name, tensor in objective.transformer.state_dict().items()})
     film(assemble(backbone.eval(), objective.codec, objective.words, SETTINGS).with_memory(memory), folder)
 
 

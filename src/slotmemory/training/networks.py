@@ -28,6 +28,7 @@ from slotmemory.models import assemble, load
 from slotmemory.training import loop
 from slotmemory.training.look import SETTINGS
 from slotmemory.training.pack import exported
+from slotmemory.training.parallel import fixed, sharded
 from slotmemory.training.plan import imagine
 
 PRESETS = frozenset(preset_names())
@@ -45,21 +46,24 @@ class Cast:
     def __init__(self, module: CausalWan, dtype: torch.dtype, recompute: bool = False):
         self.module, self.dtype, self.recompute = module, dtype, recompute
         self.config = module.config
-        self.keep_seen, self.seen = False, None
+        self.keep_seen, self.seen, self.fixed = False, None, False
         self.refresh()
 
     def refresh(self) -> None:
-        self.weights = loop.cast_weights(self.module, self.dtype)
+        # sharded weights are gathered and cast block by block, whenever they are needed
+        self.weights = {} if sharded(self.module) else loop.cast_weights(self.module, self.dtype)
         self.seen = None
 
     @contextmanager
     def constant(self) -> Iterator[None]:
         """Run with weights that take no gradient, for rollouts from which only a memory learns."""
         kept, self.weights = self.weights, {name: weight.detach() for name, weight in self.weights.items()}
+        self.fixed = True
         try:
-            yield
+            with fixed(self.module) if sharded(self.module) else nullcontext():
+                yield
         finally:
-            self.weights = kept
+            self.weights, self.fixed = kept, False
 
     @property
     def patch_embedding(self) -> nn.Module:
@@ -90,6 +94,8 @@ class Cast:
                 del block.forward
 
     def _again(self, number: int, *given: Any) -> tuple[Tensor, Seen]:
+        if sharded(self.module):
+            return self._again_gathered(self.module.blocks[number], *given)
         prefix = f"blocks.{number}."
         weights = {f"block.{k.removeprefix(prefix)}": w for k, w in self.weights.items() if k.startswith(prefix)}
         block = _Block(self.module.blocks[number])
@@ -101,10 +107,23 @@ class Cast:
 
         return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
 
+    def _again_gathered(self, block: nn.Module, *given: Any) -> tuple[Tensor, Seen]:
+        was_fixed = self.fixed
+
+        # runs while the block's weights are gathered, both times
+        def run(*given: Any) -> tuple[Tensor, Seen]:
+            with fixed(block) if was_fixed else nullcontext():
+                return type(block).forward(block, *given)
+
+        return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
+
     def run(self, *given: Any) -> tuple[Tensor, Tensor, list[Seen]]:
         return self._call(*given, method="run")
 
     def _call(self, *given: Any, method: str = "forward") -> Any:
+        if sharded(self.module):
+            self.weights = {}  # those from before it was, whole
+            return loop.cast_call(self.module, self.dtype, *given, method=method)
         return loop.call_with(self.module, self.weights, *given, method=method)
 
 

@@ -102,7 +102,7 @@ class Objective(Student):
     def make(self, seed: int) -> Pair:
         """Stream one clip with the teacher, or read it from its file."""
         path = Path(self.options.pairs) / f"{seed:010d}.safetensors" if self.options.pairs else None
-        if path is not None and path.is_file():
+        if path is not None and self.context.agreed_all(path.is_file()):
             return tree_from_file(path)
         random = torch.Generator().manual_seed(seed)
         script = self.source.script(self.options.chunks, random)

@@ -2,7 +2,7 @@
 
 Networks are built on the device `meta`, as shapes; of a published model nothing needs to be on this machine. Arithmetic is
 counted in matrix products; memory in what is sure (weights, gradients, averages, optimiser, what a memory reads) and an
-estimate of what the backward pass keeps. Every process holds a whole copy: nothing is sharded.
+estimate of what the backward pass keeps. Transformers may be sharded over the processes, and rows' tokens shared.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ SIZES = {"1.3B": WanConfig(), "14B": WanConfig(dim=5120, ffn_dim=13824, num_head
 TEXT_PARAMETERS, CODEC_PARAMETERS = 5_680_910_336, 126_892_531
 # bytes of a trained weight: fp32 with its average, its gradient, the flat gradient that is averaged, AdamW's two moments
 TRAINED = 4 * 6
+# of one that is sharded, over all processes: its gradient is averaged where it arises
+SHARDED = 4 * 5
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Plan:
     memory: dict[str, float]
     flops: dict[str, float]
     steps: int
+    shares: int = 1  # processes over which transformers are sharded
 
     def steps_per_hour(self, tflops: float) -> float:
         """Steps per hour at so many sustained TFLOP/s of a process."""
@@ -94,11 +97,13 @@ def plan(recipe: Recipe) -> Plan:
     objective = find_objective(recipe.objective).Objective
     if not issubclass(objective, Student):
         raise InputError(f"objective {recipe.objective} trains no student; a dry run has nothing to plan for it")
-    batch = recipe.batch // recipe.processes
+    batch, shares = recipe.samples, recipe.processes if recipe.shard == "fsdp" else 1
     student = objective(recipe.options, Context(batch, device=torch.device("meta"), dtype=DTYPES[recipe.precision]))
     modules = {**student.modules(), "teacher": student.teacher.module}
     parameters = {name: count(module.parameters()) for name, module in modules.items()}
-    return Plan(parameters, held(student, parameters, batch), arithmetic(student, batch), recipe.steps)
+    memory = held(student, parameters, batch, shares, recipe.sequence_parallel)
+    rows = batch * recipe.accumulate / recipe.sequence_parallel
+    return Plan(parameters, memory, {work.name: rows * work.flops for work in student.work()}, recipe.steps, shares)
 
 
 def count(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
@@ -107,28 +112,35 @@ def count(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
     return sum(trained for trained, _ in sizes), sum(size for _, size in sizes)
 
 
-def held(student: Student, parameters: dict[str, tuple[int, int]], batch: int) -> dict[str, float]:
-    """Bytes by what holds them."""
+def held(
+    student: Student, parameters: dict[str, tuple[int, int]], batch: int, shares: int = 1, degree: int = 1
+) -> dict[str, float]:
+    """Bytes in one process by what holds them; shares: processes over which transformers are sharded, degree: those
+    that share the tokens of a row."""
     layout, dtype, work = student.engine.layout, student.context.dtype, student.work()
-    trained = sum(t for t, _ in parameters.values())
-    fixed = sum(size - t for name, (t, size) in parameters.items() if name != "teacher")
-    cast = sum(parameters[name][1] for name in ("transformer", "critic") if name in parameters)
+    networks = {name: parameters[name] for name in ("transformer", "critic", "teacher") if name in parameters}
+    others = [sizes for name, sizes in parameters.items() if name not in networks]
+    of_network = SHARDED / shares if shares > 1 else TRAINED
+    trained = of_network * sum(t for t, _ in networks.values()) + TRAINED * sum(t for t, _ in others)
+    fixed = sum(size - t for name, (t, size) in networks.items() if name != "teacher") / shares
+    fixed += sum(size - t for t, size in others)
+    cast = sum(size for name, (_, size) in networks.items() if name != "teacher")
+    # a block in use and the next one, and the gradients of one in fp32
+    layers = {"teacher": student.teacher.config.num_layers}
+    block = max(size / layers.get(name, student.transformer.config.num_layers) for name, (_, size) in networks.items())
     read = (student.memory.budget or 0) * layout.bytes_per_token(dtype.itemsize) * batch
     found = {
-        "trained weights": TRAINED * trained,
-        "fixed weights": 4 * fixed + dtype.itemsize * parameters["teacher"][1],
-        "weights cast for a step": 0 if dtype == torch.float32 else dtype.itemsize * cast,
+        "trained weights": trained,
+        "fixed weights": 4 * fixed + dtype.itemsize * networks["teacher"][1] / shares,
+        "weights cast for a step": 0 if dtype == torch.float32 or shares > 1 else dtype.itemsize * cast,
+        "weights gathered for a block": 0 if shares == 1 else (2 * dtype.itemsize + 4) * block,
         "what the memory holds and reads": 2 * read,
         # generator and critic are differentiated together
-        "kept for the backward pass": batch * dtype.itemsize * sum(w.kept for w in work),
+        "kept for the backward pass": batch * dtype.itemsize * sum(w.kept for w in work) / degree,
     }
     if isinstance(student.words, Told):
         found["text encoder and codec"] = dtype.itemsize * TEXT_PARAMETERS + 4 * CODEC_PARAMETERS
     return found
-
-
-def arithmetic(student: Student, batch: int) -> dict[str, float]:
-    return {work.name: batch * work.flops for work in student.work()}
 
 
 # models as shapes
@@ -166,9 +178,10 @@ def told(plan: Plan, tflops: float) -> list[str]:
     fixed = [f"{name} {amount(all_)}" for name, (t, all_) in plan.parameters.items() if not t and all_]
     memory = sorted(plan.memory.items(), key=lambda item: -item[1])
     parted = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in memory if size >= 5e7)
+    sharing = f"transformers sharded over {plan.shares}" if plan.shares > 1 else "not sharded"
     lines = [
         f"trained     {', '.join(parts)}; fixed: {', '.join(fixed)}",
-        f"memory      about {sum(plan.memory.values()) / 1e9:.1f} GB per process, not sharded ({parted})",
+        f"memory      about {sum(plan.memory.values()) / 1e9:.1f} GB per process, {sharing} ({parted})",
     ]
     if plan.flops:
         pace = plan.steps_per_hour(tflops)

@@ -43,7 +43,7 @@ class Optimizer(Frozen):
 
 
 class Recipe(Frozen):
-    """How to train one objective. `batch` counts the samples of a step over all processes."""
+    """How to train one objective. `batch` counts the samples of a step, over all processes and accumulated calls."""
 
     objective: str
     steps: int = Field(ge=0)
@@ -51,6 +51,9 @@ class Recipe(Frozen):
     batch: int = Field(8, ge=1)
     seed: int = Field(0, ge=0)
     processes: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, description="calls of the loss whose gradients add up to a step")
+    shard: Literal["none", "fsdp"] = Field("none", description="fsdp: every process keeps a share of the transformers")
+    sequence_parallel: int = Field(1, ge=1, description="processes that share the tokens of the same samples")
     threads: int = Field(1, ge=1, description="per process")
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -67,11 +70,23 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.batch % self.processes:
-            raise ValueError(f"batch={self.batch} does not divide among processes={self.processes}")
+        if self.processes % self.sequence_parallel:
+            raise ValueError(
+                f"processes={self.processes} do not divide into groups of sequence_parallel={self.sequence_parallel}"
+            )
+        if self.batch % (self.processes // self.sequence_parallel * self.accumulate):
+            into = {"processes": self.processes, "accumulate": self.accumulate}
+            into |= {"sequence_parallel": self.sequence_parallel} if self.sequence_parallel > 1 else {}
+            told = " and ".join(f"{name}={count}" for name, count in into.items() if count > 1)
+            raise ValueError(f"batch={self.batch} does not divide among {told}")
         if self.optimizer.decay_by == "minutes" and self.max_minutes is None:
             raise ValueError("optimizer.decay_by=minutes needs max_minutes")
         return self
+
+    @property
+    def samples(self) -> int:
+        """Samples of one call of the loss in one process."""
+        return self.batch // (self.processes // self.sequence_parallel * self.accumulate)
 
 
 def find_objective(name: str) -> ModuleType:

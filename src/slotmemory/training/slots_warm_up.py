@@ -63,6 +63,9 @@ class Objective(Student):
     def modules(self) -> dict[str, nn.Module]:
         return {self.memory_name: self.memory}
 
+    def networks(self) -> list[nn.Module]:
+        return []  # videos that differ in length take different passes
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slotmemory.checkpoints.presets import find as preset
 from slotmemory.checkpoints.presets import names as preset_names
 from slotmemory.codecs.words import WordEncoder
+from slotmemory.errors import InputError
 from slotmemory.sampler import FewStep, FlowSchedule
 from slotmemory.training import loop
 from slotmemory.training.networks import Cast, Lines, add_lora, load_transformer, merged, open_engine
@@ -67,6 +68,10 @@ class Student(loop.Objective):
 
     def __init__(self, options: StudentOptions, context: loop.Context):
         self.options, self.context = options, context
+        if context.in_step and options.prompts == "world" and not getattr(options, "switches", ()):
+            raise InputError(
+                "shard: the world's stories change their prompts at other chunks in every process; give a file of prompts"
+            )
         engine = open_engine(options.student, options.base, options.codec, context.device)
         shift = engine.sampler.schedule.shift if options.shift is None else options.shift
         engine = replace(engine, sampler=FewStep(options.steps, FlowSchedule(shift)))
@@ -103,6 +108,9 @@ class Student(loop.Objective):
         if any(True for _ in self.memory.parameters()):
             found[self.memory_name] = self.memory
         return found
+
+    def networks(self) -> list[nn.Module]:
+        return [self.transformer, self.teacher.module]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [group(self.memory_name, self.memory, self.options.memory_rate, self.options.memory_clip)]
