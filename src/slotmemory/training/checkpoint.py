@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,7 +188,9 @@ class Kept:
                 whole_moment = shape.shape == like.shape
                 moment = torch.zeros_like(local(like)) if whole_moment else torch.zeros(shape.shape, dtype=shape.dtype)
                 self._optimizer_of(parameter).state[parameter][key] = moment.detach()
-        dcp.load(self._tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process reads what many wrote
+            dcp.load(self._tensors(), checkpoint_id=path, no_dist=not dist.is_initialized())
 
     def initialise(self, source: Path) -> None:
         """Start from exported weights: a run folder or, for a single module, a file."""
