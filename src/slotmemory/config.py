@@ -56,6 +56,9 @@ class Generate(BaseModel):
     device: str | None = None  # None: a GPU where there is one
     dtype: Literal["fp32", "bf16", "fp16"] | None = None  # None: the fastest that loses nothing
     quant: Literal["int8", "fp8"] | None = None  # eight-bit weights in the transformer's blocks
+    offload: Literal["text", "codec", "all"] | None = None  # what rests on the processor beside a GPU
+    compile: bool = False  # the transformer's blocks
+    kernel: Literal["cudnn", "flash", "flash_attn", "flash_attn_3", "flex"] | None = None  # of attention; None: torch's
     threads: int | None = Field(None, ge=1, le=1024)
 
     @field_validator("steps")

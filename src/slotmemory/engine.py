@@ -61,6 +61,9 @@ class Engine:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         quant: str | None = None,
+        offload: str | None = None,
+        compile: bool = False,
+        kernel: str | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model by name or folder and give it a memory.
@@ -68,10 +71,12 @@ class Engine:
         memory: a name (`slotmemory memories`) or the path of a policy file; options are that memory's arguments.
         budget: tokens per layer it may read. steps: a few-step list such as [1000, 750, 500, 250], or a number of Euler
         steps. dtype: default bf16 where the processor multiplies it natively, else fp32. quant: int8 or fp8 weights.
+        offload: "text", "codec" or "all" rest on the processor; compile: the blocks; kernel: of attention, such as cudnn,
+        flash, flash_attn, flex (docs/performance.md).
         """
         from slotmemory.models import load
 
-        engine = load(model, torch.device(device), dtype, quant)
+        engine = load(model, torch.device(device), dtype, quant, offload, compile, kernel)
         if steps is not None:
             engine = engine.with_steps(steps)
         return engine.with_memory(memory, budget, **options)

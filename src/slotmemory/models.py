@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from slotmemory.backbones import kernels
 from slotmemory.backbones.causal_wan import CausalWan
+from slotmemory.backbones.compiled import compile_blocks
 from slotmemory.backbones.guided import Guided
 from slotmemory.backbones.quantise import quantise
 from slotmemory.checkpoints.layouts import PUBLISHED
@@ -24,11 +26,14 @@ from slotmemory.checkpoints.parts import load_codec, load_text, load_transformer
 from slotmemory.checkpoints.presets import Preset
 from slotmemory.checkpoints.sources import Sources, resolve
 from slotmemory.codecs.base import Codec, check_tensors, read_metadata_json, read_tensors
+from slotmemory.codecs.offload import Offloaded
 from slotmemory.engine import Engine, Text
-from slotmemory.errors import InputError
+from slotmemory.errors import InputError, unknown
 from slotmemory.layout import Layout
 from slotmemory.memory import Memory, build
 from slotmemory.sampler import Euler, FewStep, FlowSchedule
+
+OFFLOADED = ("text", "codec")  # parts that can rest on the processor
 
 
 def embedded() -> list[str]:
@@ -69,37 +74,67 @@ def fill_memory(policy: Memory, path: Path, arguments: dict[str, Any]) -> None:
     policy.load_state_dict(tensors)
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype | None = None, quant: str | None = None) -> Engine:
+def load(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    quant: str | None = None,
+    offload: str | None = None,
+    compile: bool = False,
+    kernel: str | None = None,
+) -> Engine:
     """Load a model as an engine without a memory (`none`); use `Engine.with_memory` to give it one.
 
-    quant: "int8" or "fp8" weights. On the device `meta` it has shapes and no numbers, for `footprint.predict`."""
+    quant: "int8" or "fp8" weights; offload: "text", "codec" or "all" of them rest on the processor, where the device is
+    another; compile: the blocks' regions; kernel: of attention, see `kernels.use`. On the device `meta` it has shapes and
+    no numbers, for `footprint.predict`."""
+    named = parts_offloaded(offload)
+    away = named if device.type != "cpu" else ()
     sources = find(name)
     if dtype is None:
         dtype = native_dtype() if device.type == "cpu" else torch.bfloat16
     backbone, adapters = load_transformer(sources, device, dtype)
     if quant is not None:
         quantise(backbone, quant)
-    codec = load_codec(sources.codec).to(device, dtype).eval().requires_grad_(False)
-    text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device)
+    codec = place_codec(load_codec(sources.codec).eval().requires_grad_(False), device, dtype, "codec" in away)
+    text = load_text(sources.text, sources.tokenizer, backbone.config.text_dim, device, host="text" in away)
     engine = assemble(backbone, codec, text, sources.settings)
     engine = replace(engine, memory_weights=sources.memories, adapters=adapters)
     guidance, negative = sources.settings.get("guidance", 1.0), sources.settings.get("negative", "")
     if device.type == "meta":
         return engine
-    kernels.check(device, dtype, backbone.config.head_dim)
+    kernels.use(kernel, device, dtype, backbone.config.head_dim)
+    if compile:
+        compile_blocks(backbone)
     if guidance > 1:
         text.check(negative)  # it is encoded with the first prompts
         engine = replace(engine, backbone=Guided(backbone, lambda: text.encode([negative])[0], guidance - 1))
     return engine
 
 
-def published_shapes(preset: Preset, dtype: torch.dtype, quant: str | None = None) -> Engine:
+def parts_offloaded(offload: str | None) -> tuple[str, ...]:
+    """The parts that an `offload` names: "text", "codec" or "all"."""
+    if offload not in (None, "all", *OFFLOADED):
+        raise InputError(unknown("offload", offload, (*OFFLOADED, "all")))
+    return OFFLOADED if offload == "all" else (offload,) if offload else ()
+
+
+def place_codec(codec: nn.Module, device: torch.device, dtype: torch.dtype, away: bool) -> nn.Module:
+    """Put a codec on the device, or let it rest where it is and visit the device for each decode."""
+    if not away:
+        return codec.to(device, dtype)
+    return Offloaded(codec.to(device if device.type == "meta" else "cpu", dtype), device)
+
+
+def published_shapes(
+    preset: Preset, dtype: torch.dtype, quant: str | None = None, offload: str | None = None
+) -> Engine:
     """What an engine of a preset's published size would be, on the device `meta`, before its files are here."""
     from slotmemory.codecs.wan_vae import WanVAE
 
     with torch.device("meta"):
         backbone = CausalWan(PUBLISHED[preset.size or "1.3B"]).to(dtype)
-        codec = WanVAE.published().to(dtype)
+        codec = place_codec(WanVAE.published(), torch.device("meta"), dtype, "codec" in parts_offloaded(offload))
     if quant is not None:
         quantise(backbone, quant)
     return assemble(backbone, codec, None, preset.settings())  # shapes are told no prompt

@@ -134,6 +134,15 @@ def test_the_model_goes_to_an_accelerator_for_new_prompts_only_and_leaves_it(fil
         assert embeddings.device.type == "meta" and len(loads) == times and text._model is None
 
 
+def test_an_offloaded_model_computes_on_the_processor_and_its_embeddings_go_to_the_accelerator(files, monkeypatch):
+    text = encoder(files, device="meta", computes_on="cpu")
+    run, places = text._run, []
+    monkeypatch.setattr(text, "_run", lambda model, prompt: places.append(model.device.type) or run(model, prompt))
+    embeddings, words = text.encode([PROMPT])
+    assert places == ["cpu"] and embeddings.device.type == words.device.type == "meta" and text._model is None
+    assert torch.equal(text._known[PROMPT], encoder(files).encode([PROMPT])[0][0, : len(text._known[PROMPT])])
+
+
 def test_it_says_whether_its_weights_will_be_needed(files, tmp_path):
     text = encoder(files, tmp_path)
     assert not text.knows(PROMPT)

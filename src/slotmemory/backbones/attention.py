@@ -6,20 +6,48 @@ which pattern, or which memory behind it, is in use. Query, key, value and what 
 kernel. Nothing here knows a backbone: policies that act inside attention (`Memory.attend`) build on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query [B, N, H, D], key and value [B, M, H, D] -> [B, N, H, D]
+
 
 class Pattern(Protocol):
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A kernel that takes the place of torch's, for the kind of tensors that it was checked on: device type, dtype and
+    head dim. It need not know masks or gradients."""
+
+    run: Attend
+    kind: tuple[str, torch.dtype, int]
+
+    def takes(self, query: Tensor) -> bool:
+        if torch.is_grad_enabled() and query.requires_grad:
+            return False
+        return self.kind == (query.device.type, query.dtype, query.shape[-1])
+
+
+_chosen: Chosen | None = None
+
+
+def choose(kernel: Chosen | None) -> None:
+    """Set the process's kernel, None for torch's; which are right is known in `kernels.py`."""
+    global _chosen
+    _chosen = kernel
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention of query [B, N, H, D] over key, value [B, M, H, D]; mask broadcasts to [B, H, N, M]."""
+    if mask is None and _chosen is not None and _chosen.takes(query):
+        return _chosen.run(query, key, value)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if mask is None and query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad:
         # the fused kernel's backward takes 5 times as long on CPUs when there are few keys, as a prompt's

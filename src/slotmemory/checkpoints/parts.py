@@ -48,8 +48,10 @@ def load_codec(path: Path) -> nn.Module:
     return WanVAE.load(path)
 
 
-def load_text(path: Path, tokenizer: Path | None, width: int, device: torch.device):
-    """Read a text encoder: the embedded model's words, or UMT5, whose weights are opened when a prompt is new."""
+def load_text(path: Path, tokenizer: Path | None, width: int, device: torch.device, host: bool = False):
+    """Read a text encoder: the embedded model's words, or UMT5, whose weights are opened when a prompt is new.
+
+    host: UMT5 computes on the processor whatever the device; the embedded model's few words are left where they are."""
     if tokenizer is None:
         words = load_module(lambda values: WordEncoder(**values), path)
         # a few words per prompt cost nothing, and stay exact
@@ -63,5 +65,6 @@ def load_text(path: Path, tokenizer: Path | None, width: int, device: torch.devi
         identity=fingerprint([*files, tokenizer]),
         width=width,
         device=device,
+        computes_on="cpu" if host else None,
         cache=cache_folder() / "text",
     )

@@ -31,6 +31,8 @@ def bench(
     out: Path = typer.Option(Path("runs/bench"), metavar="FOLDER", help="Where bench.json, .csv and .png go."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),
+    compile: bool = typer.Option(False, "--compile", help="Compile the transformer's blocks."),
+    kernel: str | None = typer.Option(None, help="Of attention: cudnn, flash, flash_attn, flash_attn_3, flex."),
     threads: int | None = typer.Option(None, min=1, help="Processor threads; default: one per core."),
 ) -> None:
     """Measure memories beside each other: tokens attended, bytes held, time to read, write and update, chunk time and
@@ -59,6 +61,8 @@ def bench(
         steps=None if steps is None else parse_steps(steps),
         device=where,
         dtype=DTYPES[dtype or dtype_for(where)[0]],
+        compile=compile,
+        kernel=kernel,
     )
     plan = Plan.of(engine, limits, seconds, chunks)
     listed = cases(engine, list(dict.fromkeys(chosen)), limits)
@@ -75,6 +79,8 @@ def bench(
         "chunks": chunks,
         "device": str(where),
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "compile": compile,
+        "kernel": kernel,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "tokens_per_frame": engine.layout.tokens_per_frame,

@@ -25,12 +25,15 @@ def doctor(
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),
     quant: str | None = typer.Option(None, help="int8 or fp8: eight-bit weights in the transformer's blocks."),
+    offload: str | None = typer.Option(None, help="text, codec or all: what rests on the processor beside a GPU."),
+    kernel: str | None = typer.Option(None, help="Also try this attention kernel: flash_attn, flash_attn_3, flex ..."),
 ) -> None:
     """Print versions, device, attention kernels, free memory and the state of a model; with a script, what it takes."""
     from slotmemory.config import generate_options, parse_arguments
     from slotmemory.errors import InputError
 
-    values = {"model": model, "memory": memory, "budget": budget, "device": device, "dtype": dtype, "quant": quant}
+    values = {"model": model, "memory": memory, "budget": budget, "device": device, "dtype": dtype}
+    values |= {"quant": quant, "offload": offload, "kernel": kernel}
     given = {name: value for name, value in values.items() if value is not None}
     options = generate_options({**given, "arguments": parse_arguments(argument)})
     for name, value in _machine(options):
@@ -83,6 +86,7 @@ def _machine(options: Generate) -> list[tuple[str, str]]:
         ("dtype", f"{chosen}: {reason}"),
         ("threads", str(torch.get_num_threads())),
         ("kernels", "; ".join(map(str, kernels.check(device, DTYPES[chosen], 128)))),
+        ("", f"in use: {kernels.use(options.kernel, device, DTYPES[chosen], 128)}"),
         ("free memory", said or "the system does not tell"),
         ("free disk", f"{size(shutil.disk_usage('.').free)} here"),
     ]
@@ -128,5 +132,6 @@ def _forecast(planned: Any, title: str) -> list[tuple[str, str]]:
             f"{title}: {planned.schedule.chunks} chunks of {layout.width}x{layout.height}, memory {planned.memory}",
         ),
         ("takes", f"about {size(found.needed)} on {found.device} ({parts}{text}); {verdict}"),
+        *([("", f"{size(found.host)} on the processor beside it ({found.resting})")] if found.host else []),
         ("", f"{footprint.tokens} tokens per layer in memory; a saved state is {size(footprint.state)} on disk"),
     ]

@@ -28,6 +28,18 @@ class Forecast:
     device: torch.device
     free: int | None
     bounded: bool = True
+    text_on_host: int = 0  # bytes of a text encoder that computes on the processor beside the device
+
+    @property
+    def host(self) -> int:
+        """Bytes that the processor holds beside the device."""
+        return self.footprint.host + self.text_on_host
+
+    @property
+    def resting(self) -> str:
+        """What they are."""
+        named = {"codec and its cache": self.footprint.host, "text encoder, mapped": self.text_on_host}
+        return ", ".join(f"{name} {size(count)}" for name, count in named.items() if count)
 
     @property
     def needed(self) -> int:
@@ -47,12 +59,13 @@ def forecast(
     chunks: int,
     device: torch.device,
     text: int = 0,
+    text_on_host: int = 0,
 ) -> Forecast:
     """Forecast a stream. engine: on the device `meta`; name, budget, arguments: of the memory; text: bytes of a text
-    encoder that has prompts to encode."""
+    encoder that has prompts to encode on the device, text_on_host: on the processor."""
     policy = memories.build(name, engine.layout, budget, **arguments)
     found = predict(engine, policy, chunks, text=text)
-    return Forecast(found, device, free_bytes(device), policy.budget is not None)
+    return Forecast(found, device, free_bytes(device), policy.budget is not None, text_on_host)
 
 
 def refuse(found: Forecast, dtype: torch.dtype) -> None:
@@ -75,7 +88,7 @@ def advice(found: Forecast, dtype: torch.dtype) -> str:
         found.footprint.text
         and found.footprint.text + found.footprint.parts["weights"] > spare >= found.footprint.streaming
     ):
-        ways.append("the text encoder is too large beside the weights: encode the prompts once with --device cpu")
+        ways.append("the text encoder is too large beside the weights: use --offload text")
     elif 0 < tokens < found.footprint.tokens:
         other = "" if found.bounded else "another memory, such as --memory sink "
         ways.append(f"{other}--budget {tokens} would fit")

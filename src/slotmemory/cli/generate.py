@@ -60,6 +60,9 @@ def generate(
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),
     quant: str | None = typer.Option(None, help="int8 or fp8: eight-bit weights in the transformer's blocks."),
+    offload: str | None = typer.Option(None, help="text, codec or all: what rests on the processor beside a GPU."),
+    compile: bool | None = typer.Option(None, "--compile/--no-compile", help="Compile the transformer's blocks."),
+    kernel: str | None = typer.Option(None, help="Of attention: cudnn, flash, flash_attn, flash_attn_3, flex."),
     threads: int | None = typer.Option(None, help="Processor threads; default: one per core."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print schedule, memory and time; write nothing."),
 ) -> None:
@@ -77,6 +80,9 @@ def generate(
         "device": device,
         "dtype": dtype,
         "quant": quant,
+        "offload": offload,
+        "compile": compile,
+        "kernel": kernel,
         "threads": threads,
     }
     told, title, source = _told(script, line, prompt, seconds, like)

@@ -19,7 +19,7 @@ from slotmemory.config import Argument, Generate, check_arguments, generate_opti
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError, shorten
 from slotmemory.layout import Layout
-from slotmemory.models import find, load, native_dtype, published_shapes
+from slotmemory.models import find, load, native_dtype, parts_offloaded, published_shapes
 from slotmemory.sampler import FewStep
 from slotmemory.script import Schedule, Script
 from slotmemory.session import Session
@@ -65,7 +65,8 @@ def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
     policy = memories.find(options.memory)
     check_arguments(options.memory, options.arguments, memories.arguments(policy))
 
-    sources, missing, shapes = on_shapes(options.model, DTYPES[dtype], options.quant, fetch)
+    offload = None if device.type == "cpu" else options.offload  # the processor has nowhere else to let things rest
+    sources, missing, shapes = on_shapes(options.model, DTYPES[dtype], options.quant, fetch, offload)
     if options.steps is not None:
         shapes = shapes.with_steps(options.steps)
     shapes = _sized(script, shapes)
@@ -77,8 +78,11 @@ def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
     elif device.type != "cpu" and isinstance(shapes.text, UMT5):  # on the processor its weights stay in their file
         known = all(shapes.text.knows(shot.prompt) for shot in script.shots)
         text = 0 if known else sources.text_bytes()
+    on_host, text = (text, 0) if "text" in parts_offloaded(offload) else (0, text)
     found = _explained(
-        memory, arguments, lambda: forecast(shapes, memory, options.budget, arguments, schedule.chunks, device, text)
+        memory,
+        arguments,
+        lambda: forecast(shapes, memory, options.budget, arguments, schedule.chunks, device, text, on_host),
     )
     return Plan(sources, missing, shapes, memory, arguments, schedule, dtype, found)
 
@@ -88,15 +92,16 @@ def on_shapes(
     dtype: torch.dtype,
     quant: str | None = None,
     fetch: bool = True,
+    offload: str | None = None,
 ) -> tuple[Sources | None, Sequence[Address], Engine]:
     """A model's files, those of a preset that are missing here, and its engine on the device `meta`.
 
     Names and shapes of all tensors are checked. Without `fetch`, files that are missing are taken to be as published."""
     preset, missing = (None, []) if fetch else absent(model)
     if missing:
-        return None, missing, published_shapes(preset, dtype, quant)
+        return None, missing, published_shapes(preset, dtype, quant, offload)
     sources = find(model)
-    return sources, [], load(sources.name, torch.device("meta"), dtype, quant)
+    return sources, [], load(sources.name, torch.device("meta"), dtype, quant, offload)
 
 
 def prepare(script: Script, options: Generate) -> Prepared:
@@ -107,7 +112,17 @@ def prepare(script: Script, options: Generate) -> Prepared:
     refuse(planned.forecast, DTYPES[planned.dtype])
     device, memory, arguments = planned.forecast.device, planned.memory, planned.arguments
     dtype, model = DTYPES[planned.dtype], planned.sources.name  # a recipe is read from any working directory
-    engine = Engine.from_pretrained(model, "none", steps=options.steps, device=device, dtype=dtype, quant=options.quant)
+    engine = Engine.from_pretrained(
+        model,
+        "none",
+        steps=options.steps,
+        device=device,
+        dtype=dtype,
+        quant=options.quant,
+        offload=options.offload,
+        compile=options.compile,
+        kernel=options.kernel,
+    )
     engine = _sized(script, engine)
     engine = _explained(memory, arguments, lambda: engine.with_memory(memory, options.budget, **arguments))
     seed = options.seed
@@ -126,6 +141,9 @@ def prepare(script: Script, options: Generate) -> Prepared:
         "device": str(device),
         "dtype": planned.dtype,
         "quant": options.quant,
+        "offload": options.offload,
+        "compile": options.compile,
+        "kernel": options.kernel,
         "threads": torch.get_num_threads(),
     }
     weights = planned.sources.fingerprint()

@@ -54,11 +54,14 @@ class UMT5:
         identity: str,
         width: int,
         device: torch.device | str = "cpu",
+        computes_on: torch.device | str | None = None,
         length: int = LENGTH,
         cache: Path | None = None,
     ) -> None:
         """load: makes the UMT5EncoderModel, called when a prompt is new; identity: names its weights, so that embeddings
-        on disk are told apart; width: C; cache: folder for embeddings on disk, None for none."""
+        on disk are told apart; width: C; device: where embeddings are wanted; computes_on: another place to make them;
+        cache: folder for embeddings on disk, None for none."""
+        self.computes_on = torch.device(device if computes_on is None else computes_on)
         self.device, self.length, self.width, self.identity, self.cache = (
             torch.device(device),
             length,
@@ -111,7 +114,7 @@ class UMT5:
         new = [text for text in texts if text not in self._known]
         if not new:
             return
-        model = self._ready().to(self.device)
+        model = self._ready().to(self.computes_on)
         try:
             for text in new:
                 self._known[text] = self._run(model, text)
@@ -119,7 +122,7 @@ class UMT5:
         finally:
             if self.device.type != "cpu":
                 self._model = model = None
-            if self.device.type == "cuda":
+            if self.computes_on.type == "cuda":
                 torch.cuda.empty_cache()  # 11 GB that the transformer may want
 
     def _ready(self) -> nn.Module:
@@ -130,7 +133,7 @@ class UMT5:
     @torch.no_grad()
     def _run(self, model: nn.Module, text: str) -> Tensor:
         """One prompt -> [n, C]; padding would change nothing, attention is masked to the prompt's own tokens."""
-        ids = torch.tensor([self._tokenizer.encode(text).ids], device=self.device)
+        ids = torch.tensor([self._tokenizer.encode(text).ids], device=self.computes_on)
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].cpu()
 
     # on disk
