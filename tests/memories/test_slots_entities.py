@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,11 +110,24 @@ def test_an_entity_that_left_the_bank_is_born_again():
 
 
 def test_only_active_slots_are_expected_in_the_coming_chunk():
-    state = told(memory_of(**CLUSTERS, retrieval="visual"), TWO, ONE)[-1]
-    bank = state["slots"][0]
-    ground = active(state)[0]
-    score = dict(zip(items(bank), bank.score[0].tolist()))
-    assert score[0, ground] > 0.95 and score[0, 1 - ground] < 0.5
+    memory = memory_of(**CLUSTERS, retrieval="visual")
+    state = told(memory, TWO)[0]
+    for gone in (0, 1):
+        without = {**state, "owners": state["owners"].masked_fill(state["owners"] == gone, -1)}
+        bank = memory.update(without, scene(1, TWO))["slots"][0]
+        score = dict(zip(items(bank), bank.score[0].tolist()))
+        assert score[0, 1 - gone] > 0.95 and score[0, gone] < 0.5
+
+
+@pytest.mark.parametrize("options", [dict(merge=1.0), dict(identify=1.0)], ids=str)
+def test_a_group_with_less_than_a_quarter_of_an_even_share_is_not_active(tmp_path, options):
+    shown = (
+        np.array([0] * 8 + [1] * 8).reshape(LAYOUT.grid).repeat(LENGTH).reshape(*LAYOUT.grid, LENGTH).transpose(2, 0, 1)
+    )
+    shown[0, 0, 0] = 2  # one token of 48; an even share is 12, and nobody has the fourth group
+    np.savez(tmp_path / "masks.npz", masks=shown)
+    state = told(memory_of(grouping="oracle", masks=str(tmp_path / "masks.npz"), **options), TWO)[0]
+    assert len(active(state)) == state["slots"][0].items == 2
 
 
 def test_identities_and_active_slots_are_told_by_look_and_by_the_trace():
@@ -159,6 +173,15 @@ def test_the_floor_counts_the_newest_items_of_every_owner():
     assert own[-2:] == [7, 8] and len(kept) == 4
 
 
+def test_an_item_that_held_almost_nothing_is_nobodys_floor():
+    memory = memory_of(floor=2, bank=2)
+    state = told(memory, THREE, THREE)[-1]
+    empty = torch.tensor([4])  # of slot 0, the newer of two
+    banks = [replace(b, notes={**b.notes, "mass": b.notes["mass"].index_fill(1, empty, 0.0)}) for b in state["slots"]]
+    kept = items(tell(memory, {**state, "slots": banks}, scene(2, THREE))["slots"][0])
+    assert (0, 0) in kept and (1, 0) not in kept and len(kept) == 8
+
+
 def test_a_floor_larger_than_the_bank_still_fits_into_it():
     memory = memory_of(floor=50, bank=2)
     assert [state["slots"][0].items for state in told(memory, *[THREE] * 5)] == [4, 8, 8, 8, 8]
@@ -167,11 +190,13 @@ def test_a_floor_larger_than_the_bank_still_fits_into_it():
 # rows of a batch
 
 
-def test_rows_with_different_numbers_of_entities_hold_what_each_holds_alone():
+@pytest.mark.parametrize("options", [dict(standardise=True), dict(retrieval="random")], ids=str)
+def test_rows_with_different_numbers_of_entities_hold_what_each_holds_alone(options):
+    options = {**CLUSTERS, **options, "bank": 2, "floor": 1}
     scenes = [(ONE, THREE), (TWO, THREE), (THREE, ONE), (ONE, ONE), (TWO, OTHER)]
-    both = told(memory_of(**CLUSTERS, bank=2, floor=1), *scenes, rows=2)
+    both = told(memory_of(**options), *scenes, rows=2)
     for row in range(2):
-        alone = told(memory_of(**CLUSTERS, bank=2, floor=1), *[shown[row] for shown in scenes], seed=row)
+        alone = told(memory_of(**options), *[shown[row] for shown in scenes], seed=row)
         for a, b in zip(both, alone):
             assert torch.equal(a["owners"][:, row], b["owners"][:, 0])
             for mine, theirs in zip(a["slots"], b["slots"]):
@@ -179,7 +204,7 @@ def test_rows_with_different_numbers_of_entities_hold_what_each_holds_alone():
                 held = mine.map(lambda x, row=row: x[row : row + 1])
                 held = packed(held, real(held))
                 assert torch.equal(held.positions, theirs.positions)
-                torch.testing.assert_close(held.score, theirs.score)
+                torch.testing.assert_close(held.score, theirs.score, atol=0.02, rtol=0)  # near ties, standardised
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -32,6 +32,7 @@ def test_clusters_started_from_earlier_centres_keep_their_numbers_wherever_their
     order = torch.randperm(len(TRUTH), generator=torch.Generator().manual_seed(3))
     later = blobs(TRUTH[order], seed=1)
     assert torch.equal(kmeans(later, 3, centres)[0], labels[0, order])
+    assert torch.equal(kmeans(later, 3, centres.flip(-2))[0], 2 - labels[0, order])
 
 
 def test_a_centre_without_tokens_moves_to_where_tokens_are_far_from_theirs():
@@ -84,7 +85,7 @@ def test_shuffled_rows_of_a_batch_are_shuffled_alike_and_layers_apart():
 
 
 @pytest.mark.parametrize(
-    "grid, count", [((4, 4), 4), ((4, 4), 3), ((30, 52), 7), ((3, 5), 4), ((1, 9), 4), ((9, 1), 4)]
+    "grid, count", [((4, 4), 4), ((4, 4), 3), ((30, 52), 7), ((3, 5), 4), ((1, 9), 4), ((9, 1), 4), ((30, 30), 11)]
 )
 def test_cells_are_rectangles_that_cover_the_frame_and_are_about_as_large(grid, count):
     labels = cells(grid, count).view(grid)
@@ -95,6 +96,8 @@ def test_cells_are_rectangles_that_cover_the_frame_and_are_about_as_large(grid, 
         size = len(rows)
         assert size == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
         sizes.append(size)
+    per_row = [len(row.unique()) for row in labels]
+    assert max(per_row) - min(per_row) <= 1
     assert max(sizes) <= 3 * min(sizes)  # whole tokens of a coarse grid
 
 
@@ -104,7 +107,7 @@ def test_seven_cells_of_a_wide_frame_are_rows_of_three_and_four_not_strips():
 
 
 def test_ids_get_groups_in_ascending_order_and_rare_ones_join_the_most_frequent():
-    ids = torch.tensor([[0, 0, 0, 7, 7, 2, 2, 5], [4, 4, 4, 4, 4, 4, 4, 4]])
+    ids = torch.tensor([[7, 7, 7, 0, 0, 2, 2, 5], [4, 4, 4, 4, 4, 4, 4, 4]])
     labels, names = ranked(ids, 3, unused=9)
     assert names.tolist() == [[0, 2, 7], [4, 10, 11]]
-    assert labels.tolist() == [[0, 0, 0, 2, 2, 1, 1, 0], [0] * 8]
+    assert labels.tolist() == [[2, 2, 2, 0, 0, 1, 1, 2], [0] * 8]
