@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from slotmemory.layout import Layout
+from slotmemory.memories._masks import save_masks
 from slotmemory.models import load
 from slotmemory.script import Script, load_script
-from slotmemory.world.masks import write_masks
+from slotmemory.world.masks import token_masks
 from slotmemory.world.narrative import Narrative
 from slotmemory.world.renderer import WorldSize
 
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         script, layout = load_script(options.script), load(options.model, torch.device("meta")).layout
         seeds = options.seeds or [script.seed or 0]
-        write_masks(options.out, [narrative_of(script, layout, seed) for seed in seeds], layout.grid)
+        rows = [token_masks(narrative_of(script, layout, seed), layout.grid) for seed in seeds]
+        save_masks(options.out, rows)
     except ValueError as error:  # what a person can put right: a script, a word of it, a grid
         print(f"error: {error}", file=sys.stderr)
         return 1

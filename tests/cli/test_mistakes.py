@@ -141,7 +141,8 @@ def test_weights_that_are_missing_or_break_off(slotmemory, script, tmp_path, nam
 
 
 @pytest.mark.parametrize(
-    "text, expected", [("{", "is no JSON"), ("[]", "holds a list, expected an object"), ('{"height": "tall"}', "'height' is tall")]
+    "text, expected",
+    [("{", "is no JSON"), ("[]", "holds a list, expected an object"), ('{"height": "tall"}', "'height' is tall")],
 )
 def test_a_model_with_damaged_settings(slotmemory, script, tmp_path, text, expected):
     (write_model(tmp_path / "model") / "model.json").write_text(text)

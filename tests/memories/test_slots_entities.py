@@ -137,7 +137,9 @@ def test_identities_and_active_slots_are_told_by_look_and_by_the_trace():
     trace = record(before, before, after, memory.read(before, 0, now(1)), 0)
     written = {item["owner"] for item in trace["items"] if item["kind"] == "slots" and item["born"] == LENGTH}
     assert written == set(active(after)) and 2 in written and len(written) == 2
-    assert memory_of().look(told(memory_of(), TWO)[0]) == {}
+    state = told(memory_of(), TWO)[0]
+    shown = memory_of().look(state)
+    assert torch.equal(shown["labels"], state["labels"]) and shown["labels"].shape[-1] == LAYOUT.tokens_per_chunk
 
 
 # the floor

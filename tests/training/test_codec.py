@@ -2,12 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from slotmemory.codecs.preview import PreviewCodec
-from slotmemory.errors import InputError
-from slotmemory.training import loop
+from slotmemory.training import codec, loop
 from slotmemory.training.codec import (
     NarrativeClips,
     Objective,
@@ -44,34 +44,58 @@ def test_a_short_training_writes_a_codec_that_loads(run):
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert records[-1]["validate"].keys() == {"psnr", "psnr_entities", "latent_std"}
     assert (run / "samples" / "0000030" / "codec.png").stat().st_size > 0
-    codec = PreviewCodec.load(run / "weights" / "codec.ema.safetensors")
-    assert codec.config.latent_channels == 4
+    trained = PreviewCodec.load(run / "weights" / "codec.ema.safetensors")
+    assert trained.config.latent_channels == 4
 
 
 def test_exported_latents_have_about_unit_variance(run):
     from slotmemory.codecs.base import to_float
     from slotmemory.training.codec import ToyClips
 
-    codec = PreviewCodec.load(run / "weights" / "codec.ema.safetensors")
-    pixels, _ = ToyClips(Options(frames=5)).batch(7, 64)
+    trained = PreviewCodec.load(run / "weights" / "codec.ema.safetensors")
+    pixels, _ = ToyClips(Options(frames=5)).batch(0, np.random.default_rng(7), 64)
     with torch.no_grad():
-        mean, std = statistics(codec.encode(to_float(pixels)))
+        mean, std = statistics(trained.encode(to_float(pixels)))
     assert mean.abs().max() < 0.7 and 0.5 < float(std.mean()) < 1.6
 
 
-def test_clips_follow_from_their_seed_alone():
-    clips = NarrativeClips(Options(frames=5, seconds=4))
-    pixels, masks = clips.batch(3, 3)
-    again, _ = clips.batch(3, 3)
-    other, _ = clips.batch(4, 3)
+def clips(**options):
+    return NarrativeClips(Options(frames=5, seconds=4, pool=2, **options), seed=0, rank=0)
+
+
+def test_clips_follow_from_their_step_and_generator_alone():
+    source = clips(crop=40)
+    pixels, masks = source.batch(3, np.random.default_rng(3), 3)
+    again, _ = clips(crop=40).batch(3, np.random.default_rng(3), 3)
+    other, _ = source.batch(3, np.random.default_rng(4), 3)
     assert pixels.shape == (3, 5, 3, *masks.shape[2:]) and pixels.dtype == torch.uint8 and masks.dtype == torch.bool
-    assert torch.equal(pixels, again) and not torch.equal(pixels, other)
+    assert pixels.shape[-1] == 40 and torch.equal(pixels, again) and not torch.equal(pixels, other)
     assert 0 < masks.float().mean() < 1
 
 
-def test_some_clips_stand_still_and_some_hold_a_change_of_shot():
-    still, _ = NarrativeClips(Options(frames=5, seconds=4, still=1.0, at_cuts=0.0)).batch(0, 2)
+def test_held_out_clips_are_whole_and_no_training_clips():
+    source = clips(crop=40)
+    pixels, masks = source.held_out(0)
+    assert pixels.shape == (5, 3, 96, 160) and masks.shape == (5, 96, 160)
+    assert max(source.pool.seed_of(number) for number in range(100)) < codec.HELD_OUT
+    assert torch.equal(pixels, clips().held_out(0)[0]) and not torch.equal(pixels, source.held_out(1)[0])
+
+
+def test_some_clips_stand_still():
+    still, _ = clips(still=1.0, at_cuts=0.0).batch(0, np.random.default_rng(0), 2)
     assert torch.equal(still, still[:, :1].expand_as(still))
+
+
+def test_loud_clips_reconstruct_worse_than_quiet_ones():
+    quiet, loud = (
+        Objective(Options(data="toy", frames=5, sizes=SIZES, loud=volume, loud_share=1.0), loop.Context(batch=4))
+        for volume in (0.0, 30.0)
+    )
+    loud.codec.load_state_dict(quiet.codec.state_dict())
+    for objective in (quiet, loud):
+        torch.nn.init.normal_(objective.codec.decoder[-1].weight, generator=torch.Generator().manual_seed(0))
+    errors = [x.loss(0, 0, torch.Generator().manual_seed(0))[1]["mse"] for x in (quiet, loud)]
+    assert errors[1] > errors[0]
 
 
 def test_entity_pixels_and_their_rim_weigh_more():
@@ -99,14 +123,13 @@ def test_boxes_enclose_each_frames_entities():
     assert psnr(torch.tensor(0.04)) == pytest.approx(20)
 
 
-def test_a_new_decoder_takes_over_the_latents_of_another_codec(tmp_path):
-    fixed = {**SIZES, "encoder_channels": [], "time": [False] * 3, "group": 4}
-    first = Objective(Options(data="toy", frames=5, sizes=fixed), loop.Context(batch=1, seed=1))
-    first.codec.save(tmp_path / "codec.safetensors")
-    same = Options(data="toy", frames=5, sizes=fixed, latents=str(tmp_path / "codec.safetensors"))
-    second = Objective(same, loop.Context(batch=1, seed=2))
+def test_a_decoder_learns_alone_and_the_latents_stay_what_they_are(run, tmp_path):
+    options = {"data": "toy", "frames": 5, "sizes": SIZES, "held_out": 2, "part": "decoder"}
+    values = {"objective": "codec", "steps": 3, "batch": 2, "init": str(run), "options": options}
+    train(parse_recipe(values), tmp_path / "again")
+    before, after = (PreviewCodec.load(x / "weights" / "codec.safetensors") for x in (run, tmp_path / "again"))
+    start = PreviewCodec.load(run / "weights" / "codec.ema.safetensors")  # what init takes
     video = torch.rand(1, 5, 3, 16, 16) * 2 - 1
-    assert torch.equal(first.codec.encode(video), second.codec.encode(video))
-    learned = Options(data="toy", frames=5, sizes=SIZES, latents=same.latents)
-    with pytest.raises(InputError, match="only fixed, direct latents"):
-        Objective(learned, loop.Context(batch=1))
+    latents = start.encode(video)
+    assert torch.equal(after.encode(video), latents) and not torch.equal(before.encode(video), latents)
+    assert not torch.equal(after.decode(latents), start.decode(latents))

@@ -16,11 +16,10 @@ def objective(tmp_path_factory):
         PreviewConfig(
             latent_channels=4,
             patch=4,
-            encoder_channels=(),
+            encoder_channels=(8, 8, 8),
             decoder_channels=(8, 8, 8, 8),
             blocks=(1, 1, 1),
             space=(True, False, False),
-            direct=True,
             plain=True,
         )
     ).save(path)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from slotmemory.contract import toy
-from slotmemory.memories._masks import load_masks
+from slotmemory.memories._masks import load_masks, save_masks
 from slotmemory.world import Narrative, WorldSize, latent_frames
-from slotmemory.world.masks import token_masks, write_masks
+from slotmemory.world.masks import token_masks
 
 SIZE = WorldSize(64, 64)
 SHOTS = [("A red cat waits and a blue ball waits on the beach.", 0), ("The beach is empty.", 2)]
@@ -42,8 +42,8 @@ def test_a_grid_that_does_not_divide_the_picture_is_refused():
 
 def test_masks_are_read_as_they_were_written_for_one_narrative_or_a_row_each(tmp_path):
     layout = toy().layout
-    write_masks(tmp_path / "one.npz", [narrative()], layout.grid)
-    write_masks(tmp_path / "two.npz", [narrative(1), narrative(2)], layout.grid)
+    save_masks(tmp_path / "one.npz", [token_masks(narrative(), layout.grid)])
+    save_masks(tmp_path / "two.npz", [token_masks(narrative(seed), layout.grid) for seed in (1, 2)])
     one, two = (load_masks(str(tmp_path / f"{name}.npz"), layout) for name in ("one", "two"))
     assert np.array_equal(one.view(1, 12, 4, 4).numpy()[0], token_masks(narrative(), layout.grid))
     assert two.shape == (2, 12, 16)

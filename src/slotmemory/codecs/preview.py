@@ -38,12 +38,8 @@ class PreviewConfig:
 
     encoder_channels: width of encoder stages 0..2; decoder_channels: widths of decoder stages 0..2 and of the head.
     blocks: memory blocks per stage, one number or one per decoder stage (the encoder mirrors it).
-    encoder_channels=() leaves the encoder to the direct map alone: latents are then fixed before the decoder is trained.
-    decoder_channels=() leaves the decoder to it as well: a linear codec.
-    group: frames that the decoder's head writes at once; 1 in TAEHV. What it leaves of the time stride is for `time`.
-    direct: beside the convolutions, a linear map between a latent cell and the 4 frames x 8 x 8 pixels it stands for
-    (not in TAEHV): started as principal components, it lets a codec learn in minutes what else takes hours.
-    plain: PlainMemBlock in place of TAEHV's MemBlock.
+    group: frames that the first layer reads and the last one writes at once; 1 in TAEHV. What it leaves of the time stride
+    is for `time`. plain: PlainMemBlock in place of TAEHV's MemBlock.
     """
 
     image_channels: int = 3
@@ -55,7 +51,6 @@ class PreviewConfig:
     space: tuple[bool, ...] = (True, True, True)
     time: tuple[bool, ...] = (False, True, True)
     group: int = 1
-    direct: bool = False
     plain: bool = False
 
     def __post_init__(self) -> None:
@@ -67,7 +62,7 @@ class PreviewConfig:
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
             length = STAGES + (name == "decoder_channels")
-            if len(value) != length and not (name.endswith("coder_channels") and not value and self.direct):
+            if len(value) != length:
                 raise InputError(f"{name}={value} has {len(value)} entries, expected {length}")
         sizes = (self.image_channels, self.latent_channels, self.patch, *self.encoder_channels, *self.decoder_channels)
         if min(*sizes, *self.blocks) < 1:
@@ -83,8 +78,6 @@ class PreviewConfig:
                 f"time={self.time} with group={self.group} has a stride of {self.group * 2 ** sum(self.time)} frames per "
                 f"latent frame, expected {TIME_STRIDE}; use group 1, 2 or 4 with two, one or no doublings"
             )
-        if self.group > 1 and self.encoder_channels:
-            raise InputError(f"group={self.group} is for a decoder over fixed latents; leave encoder_channels empty")
 
     @classmethod
     def wan(cls) -> PreviewConfig:
@@ -93,18 +86,16 @@ class PreviewConfig:
 
     @classmethod
     def tiny(cls) -> PreviewConfig:
-        """A decoder for the embedded model's latents: its weights sit where a latent frame costs least, before it becomes
-        frames. The codec that ships has the direct map alone (`decoder_channels=()`)."""
+        """The embedded model's codec: its weights sit where a latent frame costs least, before it becomes frames."""
         return cls(
             patch=4,
             latent_channels=32,
-            encoder_channels=(),
-            decoder_channels=(192, 128, 96, 96),
+            encoder_channels=(96, 96, 192),
+            decoder_channels=(192, 96, 96, 96),
             blocks=(3, 1, 1),
             space=(True, False, False),
             time=(False, False, False),
             group=4,
-            direct=True,
             plain=True,
         )
 
@@ -151,15 +142,16 @@ class MemBlock(nn.Module):
 class PlainMemBlock(MemBlock):
     """The same role with an untouched residual path that starts as the identity (not in TAEHV).
 
-    TAEHV's block rectifies its residual path; trained from scratch for minutes at a high rate, most channels die.
-    """
+    TAEHV's block rectifies its residual path; trained from scratch for minutes at a high rate, most channels die. The
+    frame before comes in cell by cell: its own layers have looked around already, and a second 3 x 3 costs a third more."""
 
     def __init__(self, channels: int) -> None:
         nn.Module.__init__(self)
-        self.conv1, self.conv2 = conv(2 * channels, channels), conv(channels, channels)
+        self.conv1, self.conv2 = conv(channels, channels), conv(channels, channels)
+        self.past = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(F.silu(torch.cat([x, past], 1)))))
+        return x + self.conv2(F.silu(self.conv1(F.silu(x)) + self.past(F.silu(past))))
 
 
 class TPool(nn.Module):
@@ -226,40 +218,32 @@ class PreviewCodec(nn.Module):
         super().__init__()
         self.config = config = config or PreviewConfig()
         self.latent_channels = config.latent_channels
-        pixels = config.image_channels * config.patch**2
+        pixels = config.image_channels * config.patch**2 * config.group
 
         def block(channels: int) -> MemBlock:
             return PlainMemBlock(channels) if config.plain else MemBlock(channels, channels)
 
         first = nn.SiLU if config.plain else nn.ReLU
-        layers: list[nn.Module] = []
-        if config.encoder_channels:
-            widths = (config.encoder_channels[0], *config.encoder_channels)
-            layers = [conv(pixels, widths[0]), first()]
-            for stage in range(STAGES):
-                mirror = STAGES - 1 - stage
-                before, width = widths[stage], widths[stage + 1]
-                layers += [TPool(before, 1 + config.time[mirror])]
-                layers += [conv(before, width, stride=1 + config.space[mirror], bias=False)]
-                layers += [block(width) for _ in range(config.blocks[mirror])]
-            layers += [conv(widths[-1], config.latent_channels)]
+        widths = (config.encoder_channels[0], *config.encoder_channels)
+        layers: list[nn.Module] = [conv(pixels, widths[0]), first()]
+        for stage in range(STAGES):
+            mirror = STAGES - 1 - stage
+            before, width = widths[stage], widths[stage + 1]
+            layers += [TPool(before, 1 + config.time[mirror])]
+            layers += [conv(before, width, stride=1 + config.space[mirror], bias=False)]
+            layers += [block(width) for _ in range(config.blocks[mirror])]
+        layers += [conv(widths[-1], config.latent_channels)]
         self.encoder = nn.Sequential(*layers)
 
         widths = config.decoder_channels
-        layers = []
-        if widths:
-            layers = [Clamp(), conv(config.latent_channels, widths[0]), first()]
-            for stage in range(STAGES):
-                layers += [block(widths[stage]) for _ in range(config.blocks[stage])]
-                layers += [nn.Upsample(scale_factor=1 + config.space[stage])]
-                layers += [TGrow(widths[stage], 1 + config.time[stage])]
-                layers += [conv(widths[stage], widths[stage + 1], bias=False)]
-            layers += [first(), conv(widths[-1], pixels * config.group)]
+        layers = [Clamp(), conv(config.latent_channels, widths[0]), first()]
+        for stage in range(STAGES):
+            layers += [block(widths[stage]) for _ in range(config.blocks[stage])]
+            layers += [nn.Upsample(scale_factor=1 + config.space[stage])]
+            layers += [TGrow(widths[stage], 1 + config.time[stage])]
+            layers += [conv(widths[stage], widths[stage + 1], bias=False)]
+        layers += [first(), conv(widths[-1], pixels)]
         self.decoder = nn.Sequential(*layers)
-        if config.direct:
-            cell = config.image_channels * SPACE_STRIDE**2 * TIME_STRIDE
-            self.direct_in = nn.Linear(cell, config.latent_channels)
-            self.direct_out = nn.Linear(config.latent_channels, cell)
 
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
@@ -270,59 +254,29 @@ class PreviewCodec(nn.Module):
         # Variance-preserving (He et al. 2015): torch's default shrinks every layer, which costs minutes of training.
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Conv2d):
-                rectified = layer.kernel_size == (3, 3) and not (len(self.encoder) and layer is self.encoder[-1])
+                rectified = layer.kernel_size == (3, 3) and layer is not self.encoder[-1]
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu" if rectified else "linear")
-                if name.endswith("conv2"):
+                if name.endswith(("conv2", "past")):
                     nn.init.zeros_(layer.weight)
                 if name.endswith("conv.4"):
                     nn.init.kaiming_normal_(layer.weight, a=RESIDUAL_SLOPE)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        if not len(self.decoder):
-            return
         nn.init.normal_(self.decoder[-1].weight, std=0.01)
-        nn.init.constant_(self.decoder[-1].bias, 0.0 if self.config.direct else 0.5)
+        nn.init.constant_(self.decoder[-1].bias, 0.5)
 
     @torch.no_grad()
     def calibrate(self, video: Tensor) -> None:
-        """Start from data: raw latents of video [B, T, 3, H, W] get mean 0 and variance 1, the direct map its components."""
-        if self.config.direct:
-            self._principal_components(video)
-        if not len(self.encoder):
-            return
+        """Start from data: raw latents of video [B, T, 3, H, W] get mean 0 and variance 1."""
         raw, _ = self.feed_raw(video, self.start())
         std, mean = torch.std_mean(raw.float(), dim=(0, 1, 3, 4))
         last = self.encoder[-1]
         last.weight.div_(std[:, None, None, None])
         last.bias.sub_(mean).div_(std)
 
-    def _principal_components(self, video: Tensor) -> None:
-        """Start the direct maps as principal components of cells, and the convolutions from nothing.
-
-        Components are scaled by the root of their deviation, half way to white: coarse ones stay louder than fine ones,
-        so that noise on latents hides details first; all together have variance 1.
-        """
-        x = self._cells(torch.cat([video[:, :1]] * (TIME_STRIDE - 1) + [video], 1) * 0.5 + 0.5).flatten(0, 3).double()
-        mean = x.mean(0)
-        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        deviation = values[-self.latent_channels :].clamp(min=1e-8).sqrt()
-        scale, basis = (deviation * deviation.mean()).sqrt(), vectors[:, -self.latent_channels :]
-        self.direct_in.weight.copy_((basis / scale).T)
-        self.direct_in.bias.copy_(-(basis / scale).T @ mean)
-        self.direct_out.weight.copy_(basis * scale)
-        self.direct_out.bias.copy_(mean)
-        for part in (self.encoder, self.decoder):
-            if len(part):
-                nn.init.zeros_(part[-1].weight)
-
-    def _cells(self, frames: Tensor) -> Tensor:
-        """Pixels [B, 4 L, 3, H, W] -> what each latent cell stands for [B, L, h, w, 4 * 3 * 8 * 8]."""
-        groups = frames.unflatten(1, (-1, TIME_STRIDE)).flatten(2, 3)
-        return F.pixel_unshuffle(groups, SPACE_STRIDE).permute(0, 1, 3, 4, 2)
-
     @property
     def dtype(self) -> torch.dtype:
-        return self.direct_out.weight.dtype if self.config.direct else self.decoder[-1].weight.dtype
+        return self.decoder[-1].weight.dtype
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Network latents -> latents of about zero mean and unit variance, both [..., C, h, w]; fp32."""
@@ -358,13 +312,8 @@ class PreviewCodec(nn.Module):
             shape = (batch, 0, self.config.image_channels, height * SPACE_STRIDE, width * SPACE_STRIDE)
             return latents.new_zeros(shape, dtype=torch.float32), state
         raw = self.denormalise(latents).to(self.dtype)
-        video, past = 0.0, [raw.new_zeros(1)]  # a decoder without memory still marks that the stream has begun
-        if len(self.decoder):
-            video, past = run(self.decoder, raw, state["decoder"])
-            video = F.pixel_shuffle(video.unflatten(2, (self.config.group, -1)).flatten(1, 2), self.config.patch)
-        if self.config.direct:
-            cells = self.direct_out(raw.permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
-            video = video + F.pixel_shuffle(cells, SPACE_STRIDE).unflatten(2, (TIME_STRIDE, -1)).flatten(1, 2)
+        video, past = run(self.decoder, raw, state["decoder"])
+        video = F.pixel_shuffle(video.unflatten(2, (self.config.group, -1)).flatten(1, 2), self.config.patch)
         if not state["decoder"]:
             video = video[:, TIME_STRIDE - 1 :]
         video = video.float() * 2 - 1
@@ -391,11 +340,8 @@ class PreviewCodec(nn.Module):
             shape = (batch, 0, self.latent_channels, height // SPACE_STRIDE, width // SPACE_STRIDE)
             return video.new_zeros(shape), {**state, "waiting": waiting}
         pixels = (video[:, :whole] * 0.5 + 0.5).to(self.dtype)
-        raw, past = 0.0, [pixels.new_zeros(1)]  # an encoder without memory still marks that the stream has begun
-        if len(self.encoder):
-            raw, past = run(self.encoder, F.pixel_unshuffle(pixels, self.config.patch), state["encoder"])
-        if self.config.direct:
-            raw = raw + self.direct_in(self._cells(pixels)).permute(0, 1, 4, 2, 3)
+        groups = F.pixel_unshuffle(pixels, self.config.patch).unflatten(1, (-1, self.config.group)).flatten(2, 3)
+        raw, past = run(self.encoder, groups, state["encoder"])
         return raw, {**state, "encoder": past, "waiting": waiting}
 
     def forward(self, video: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,9 @@ from slotmemory.codecs.base import check_tensors, read_metadata_json, read_tenso
 from slotmemory.errors import InputError
 from slotmemory.tree import atomic_file
 from slotmemory.world.entities import ACCESSORIES, PATTERNS
-from slotmemory.world.renderer import WorldSize
 from slotmemory.world.vocabulary import COLOURS, KINDS
 
+HEIGHT, WIDTH = 48, 80  # pixels: half the world's size shows all that is asked
 NOBODY, ONE, SEVERAL = "nobody", "one", "several"
 ANSWERS: dict[str, tuple[str, ...]] = {
     "count": (NOBODY, ONE, SEVERAL),
@@ -91,10 +91,9 @@ class Reader(nn.Module):
     """Convolutions name what is there; the hue is not guessed but measured, over the pixels near the named colour."""
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128), size: tuple[int, int] | None = None) -> None:
-        """size: height and width that frames are scaled to; default the world's."""
+        """size: height and width that frames are scaled to; default HEIGHT, WIDTH."""
         super().__init__()
-        world = WorldSize()
-        self.widths, self.size = tuple(widths), tuple(size or (world.height, world.width))
+        self.widths, self.size = tuple(widths), tuple(size or (HEIGHT, WIDTH))
         first, second, third, last = self.widths
         self.shapes = nn.Sequential(
             *_block(3, first, 5, stride=2), *_block(first, second, 3, stride=2), *_block(second, third, 3, stride=2)

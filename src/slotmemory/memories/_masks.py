@@ -1,11 +1,12 @@
 """Masks from outside: a file that says what every token of a video shows. Shared by policies; not a policy.
 
-`slotmemory.world.masks` writes such files from the narrative world's truth; any segmentation will do.
+`slotmemory.world.masks` tells them from the narrative world's truth; any segmentation will do.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ from torch import Tensor
 
 from slotmemory.errors import InputError, shorten
 from slotmemory.layout import Layout
+from slotmemory.tree import atomic_file
+
+
+def save_masks(path: str | Path, rows: Sequence[np.ndarray]) -> None:
+    """Write what `load_masks` reads: uint8 [latents, rows, columns] of one video, or of each batch row, equally long."""
+    with atomic_file(path) as file:
+        np.savez_compressed(file, masks=rows[0] if len(rows) == 1 else np.stack(rows))
 
 
 def load_masks(path: str, layout: Layout) -> Tensor:

@@ -41,7 +41,7 @@ class Decoupled(Memory):
 
     archive: latent frames kept beside the window (default: all); rows, columns: blocks of a frame; top_blocks: blocks that
     a block of queries attends to; gate: what the gates start at, from 0 (the window alone, for good) to 1. placing,
-    reach: see `_placing.py`.
+    reach: see `_placing.py`; weights: trained gates, see `Engine.with_memory`.
     """
 
     source = "DecMem (arXiv 2605.31336)"
@@ -59,6 +59,7 @@ class Decoupled(Memory):
         gate: float = 0.1,
         placing: str = "capped",
         reach: int = 21,
+        weights: str = "",
     ):
         chunk, per_frame = layout.frames_per_chunk, layout.tokens_per_frame
         for name, value, least in (("window", window, chunk), ("archive", archive, 0), ("top_blocks", top_blocks, 1)):
@@ -81,7 +82,7 @@ class Decoupled(Memory):
             budget = (past + archive) * per_frame
         super().__init__(layout, budget)
         self.past, self.archive, self.top_blocks = past, archive, top_blocks
-        self.placing, self.reach = check_placing(placing), reach
+        self.placing, self.reach, self.weights = check_placing(placing), reach, weights
         self.blocks = Blocks(layout.grid, rows, columns)
         self.weight = nn.Parameter(torch.zeros(layout.layers, layout.model_width, layout.heads))
         start = math.log(gate / (1 - gate)) if 0 < gate < 1 else math.copysign(math.inf, gate - 0.5)

@@ -161,8 +161,9 @@ class Slots(Sink):
 
     def start(self, batch: int) -> State:
         """running, mass: slots [L, B, S, C] of the last chunk and their shares; groups, owners: what stood for its tokens,
-        [L, B, S, C], and whose each is [L, B, S], -1: not active; births [L, B]: identities given so far."""
-        nothing = dict.fromkeys(("running", "mass", "lesson", "groups", "owners", "births"))
+        [L, B, S, C], and whose each is [L, B, S], -1: not active; labels [L, B, N] uint8: the group of each of its tokens;
+        births [L, B]: identities given so far."""
+        nothing = dict.fromkeys(("running", "mass", "lesson", "groups", "owners", "labels", "births"))
         return {**super().start(batch), "slots": [], **nothing, "chunks": 0, "latents": 0}
 
     # read
@@ -235,6 +236,7 @@ class Slots(Sink):
             "lesson": lesson,
             "groups": groups.slots.detach(),
             "owners": owners,
+            "labels": groups.assignment.argmax(-2).to(torch.uint8),
             "births": births,
             "chunks": chunk + 1,
             "latents": state["latents"] + written.frames,
@@ -355,5 +357,6 @@ class Slots(Sink):
     # what is seen from outside
 
     def look(self, state: State) -> dict[str, Tensor]:
-        """With dynamic slots {"owners": [L, B, S]}: whose each slot is, -1 where it is not active."""
-        return {"owners": state["owners"]} if self.dynamic and state["owners"] is not None else {}
+        """{"labels": [L, B, N]}: the group of each token of the last chunk; {"owners": [L, B, S]}: whose each group is, -1
+        where it is not active."""
+        return {name: state[name] for name in ("labels", "owners") if state[name] is not None}

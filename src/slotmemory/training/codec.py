@@ -7,6 +7,7 @@ It does not know the codec's layers, nor how the loop steps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slotmemory.codecs.base import num_latents, to_float, to_uint8
-from slotmemory.codecs.preview import TIME_STRIDE, PreviewCodec, PreviewConfig
-from slotmemory.errors import InputError
+from slotmemory.codecs.preview import SPACE_STRIDE, TIME_STRIDE, PreviewCodec, PreviewConfig
 from slotmemory.training import loop
+from slotmemory.training.narratives import Pool
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import chunk_frames
 from slotmemory.world.narrative import Narrative
 
-HELD_OUT = 1 << 62  # training seeds lie below, held-out ones above
+HELD_OUT = 1 << 31  # validation narratives have seeds from here on; a pool's are below
 
 
 class Sizes(Frozen):
@@ -40,7 +41,6 @@ class Sizes(Frozen):
     space: tuple[bool, ...] = PreviewConfig.tiny().space
     time: tuple[bool, ...] = PreviewConfig.tiny().time
     group: int = PreviewConfig.tiny().group
-    direct: bool = PreviewConfig.tiny().direct
     plain: bool = PreviewConfig.tiny().plain
 
 
@@ -48,90 +48,113 @@ class Options(Frozen):
     """What the codec objective may be told."""
 
     sizes: Sizes = Sizes()
-    latents: str = Field(
-        "", description="codec file whose direct map and statistics to take over; else principal components"
+    part: Literal["both", "decoder"] = Field(
+        "both",
+        description="decoder: latents stay what they are, so transformers trained on them stay valid; needs init",
     )
     data: Literal["narrative", "toy"] = "narrative"
-    frames: int = Field(21, ge=1, description="pixel frames per clip, 4 n + 1")
-    seconds: float = Field(16.0, gt=0, description="length of the narrative that a clip is cut from")
-    clips_per_narrative: int = Field(2, ge=1)
-    at_cuts: float = Field(0.25, ge=0, le=1, description="share of clips with a change of shot inside")
+    frames: int = Field(13, ge=1, description="pixel frames per clip, 4 n + 1")
+    crop: int = Field(80, ge=8, description="pixels of a clip's width: entities are nearly as tall as the picture")
+    seconds: float = Field(16.0, gt=0, description="length of the narratives that clips are cut from")
+    pool: int = Field(48, ge=1, description="rendered narratives kept per process")
+    refresh: int = Field(10, ge=1, description="steps after which one of them is replaced")
+    at_cuts: float = Field(0.1, ge=0, le=1, description="share of clips with a change of shot inside")
     still: float = Field(0.05, ge=0, le=1, description="share of clips that repeat one frame")
-    entity_weight: float = Field(8.0, ge=1, description="weight of entity pixels against background pixels")
+    entity_weight: float = Field(4.0, ge=1, description="weight of entity pixels against background pixels")
     dilation: int = Field(2, ge=0, description="pixels by which entity masks grow")
     mse: float = Field(1.0, ge=0)
     l1: float = Field(0.0, ge=0, description="slow at the start: after 60 steps on one batch 21.4 dB, mse 28.8 dB")
     edge: float = Field(0.0, ge=0, description="weight of the finite-difference term")
     noise: float = Field(0.1, ge=0, description="noise on normalised latents before decoding")
+    loud: float = Field(0.0, ge=0, description="largest noise on a share of the clips: a latent space that bears noise")
+    loud_share: float = Field(0.5, ge=0, le=1, description="that share")
     scale: float = Field(0.01, ge=0, description="pull of the raw latents towards zero mean and unit variance")
     momentum: float = Field(0.02, gt=0, le=1, description="of the running latent statistics")
-    held_out: int = Field(8, ge=1, description="narratives of the validation")
-    calibration_clips: int = Field(64, ge=1, description="clips behind the codec's start")
+    held_out: int = Field(16, ge=1, description="narratives of the validation")
+    calibration_clips: int = Field(32, ge=1, description="clips behind the codec's start")
     statistics_clips: int = Field(256, ge=1, description="clips behind the exported latent statistics")
 
 
-class Clips(Protocol):
-    """Where clips come from; everything about a batch follows from its seed."""
+@dataclass(frozen=True)
+class Reel:
+    """A rendered narrative: pixels uint8 [T, 3, H, W], entity masks bool [T, H, W], first frames of its later shots."""
 
-    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return pixels uint8 [count, T, 3, H, W] and entity masks bool [count, T, H, W]."""
+    pixels: Tensor
+    masks: Tensor
+    cuts: list[int]
+
+
+class Clips(Protocol):
+    """Where clips come from; everything about a batch follows from the step and the generator."""
+
+    def batch(self, step: int, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Return pixels uint8 [count, T, 3, H, W] and entity masks bool [count, T, H, W] to learn from."""
+        ...
+
+    def held_out(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return one whole clip [T, ...] that is never learnt from."""
         ...
 
 
 class NarrativeClips:
-    """Clips of the narrative world: anywhere, around changes of shot, and stills."""
+    """Clips of the narrative world: anywhere, around changes of shot, and stills, cropped to where an entity is."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, seed: int, rank: int) -> None:
         self.options = options
+        self.pool = Pool(self._render, options.pool, options.refresh, seed, rank)
 
-    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(seed)
-        pairs = []
-        while len(pairs) < count:
-            number = int(rng.integers(1 << 31)) + (seed >= HELD_OUT) * (1 << 31)
-            narrative = Narrative.random(number, self.options.seconds)
-            for _ in range(min(self.options.clips_per_narrative, count - len(pairs))):
-                pairs.append(self._cut(narrative, rng))
-        pixels, masks = zip(*pairs)
-        return torch.stack(pixels), torch.stack(masks)
+    def batch(self, step: int, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        reels = self.pool.at(step)
+        clips = [self._crop(*self._cut(reels[random.integers(len(reels))], random), random) for _ in range(count)]
+        return tuple(torch.stack(parts) for parts in zip(*clips))
 
-    def _cut(self, narrative: Narrative, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        frames, roll = self.options.frames, rng.random()
-        span = (narrative.frames - frames) // TIME_STRIDE * TIME_STRIDE
-        first = int(rng.integers(span + 1))
+    def held_out(self, number: int) -> tuple[Tensor, Tensor]:
+        return self._cut(self._render(HELD_OUT + number), np.random.default_rng(number))
+
+    def _render(self, seed: int) -> Reel:
+        narrative = Narrative.random(seed, self.options.seconds)
         cuts = [chunk_frames(shot.start_chunk).start for shot in narrative.shots[1:]]
-        if roll < self.options.at_cuts and cuts:
-            first = int(np.clip(rng.choice(cuts) - rng.integers(1, frames), 0, span))
+        pixels = torch.as_tensor(narrative.render(0, narrative.frames))
+        return Reel(pixels, torch.as_tensor(narrative.truth(0, narrative.frames).masks) > 0, cuts)
+
+    def _cut(self, reel: Reel, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        frames, roll = self.options.frames, random.random()
+        span = (len(reel.pixels) - frames) // TIME_STRIDE * TIME_STRIDE
+        first = int(random.integers(span + 1))
+        if roll < self.options.at_cuts and reel.cuts:
+            first = int(np.clip(random.choice(reel.cuts) - random.integers(1, frames), 0, span))
         if roll > 1 - self.options.still:
-            return tuple(x.expand(frames, *x.shape[1:]) for x in _read(narrative, first, first + 1))
+            return tuple(x[first : first + 1].expand(frames, *x.shape[1:]) for x in (reel.pixels, reel.masks))
         first -= first % TIME_STRIDE  # latent frames begin where the world's shots and steps do, as in a stream
-        return _read(narrative, first, first + frames)
+        return reel.pixels[first : first + frames], reel.masks[first : first + frames]
 
-
-def _read(narrative: Narrative, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Render frames first..last-1 -> pixels uint8 [T, 3, H, W], entity masks bool [T, H, W]."""
-    pixels = torch.as_tensor(narrative.render(first, last))
-    return pixels, torch.as_tensor(narrative.truth(first, last).masks) > 0
+    def _crop(self, pixels: Tensor, masks: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        most = pixels.shape[-1] - self.options.crop
+        left = int(random.integers(most // SPACE_STRIDE + 1)) * SPACE_STRIDE if most > 0 else 0
+        return tuple(x[..., left : left + self.options.crop] for x in (pixels, masks))
 
 
 class ToyClips:
     """Boxes drifting over a plain ground: enough to see an objective work in a test."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, seed: int = 0, rank: int = 0) -> None:
         self.frames = options.frames
 
-    def batch(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(seed)
+    def batch(self, step: int, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
         pixels = np.zeros((count, self.frames, 3, 48, 80), np.uint8)
         masks = np.zeros((count, self.frames, 48, 80), bool)
         for clip in range(count):
-            pixels[clip] = rng.integers(256, size=(1, 3, 1, 1))
-            (x, y), speed, colour = rng.integers((60, 28)), rng.integers(-2, 3), rng.integers(256, size=(3, 1, 1))
+            pixels[clip] = random.integers(256, size=(1, 3, 1, 1))
+            (x, y), speed = random.integers((60, 28)), random.integers(-2, 3)
+            colour = random.integers(256, size=(3, 1, 1))
             for frame in range(self.frames):
                 left = int(np.clip(x + speed * frame, 0, 60))
                 pixels[clip, frame, :, y : y + 20, left : left + 20] = colour
                 masks[clip, frame, y : y + 20, left : left + 20] = True
         return torch.from_numpy(pixels), torch.from_numpy(masks)
+
+    def held_out(self, number: int) -> tuple[Tensor, Tensor]:
+        return tuple(x[0] for x in self.batch(0, np.random.default_rng(HELD_OUT + number), 1))
 
 
 def pixel_weights(masks: Tensor, entity_weight: float, dilation: int) -> Tensor:
@@ -184,42 +207,28 @@ class Objective(loop.Objective):
         self.options, self.context = options, context
         self.codec = PreviewCodec(PreviewConfig(**options.sizes.model_dump()))
         num_latents(options.frames)
-        self.clips: Clips = {"narrative": NarrativeClips, "toy": ToyClips}[options.data](options)
-        self.codec.calibrate(to_float(self.clips.batch(loop.seed_for(context.seed), options.calibration_clips)[0]))
-        self.fixed = not len(self.codec.encoder)  # latents are what they are; only the decoder learns
-        if options.latents:
-            self._take_latents(PreviewCodec.load(options.latents))
-        if self.fixed:
-            self.codec.direct_in.requires_grad_(False)
+        source = {"narrative": NarrativeClips, "toy": ToyClips}[options.data]
+        self.clips: Clips = source(options, context.seed, context.rank)
+        random = np.random.default_rng(loop.seed_for(context.seed))
+        self.codec.calibrate(to_float(self.clips.batch(0, random, options.calibration_clips)[0]))
+        self.fixed = options.part == "decoder"
+        self.codec.encoder.requires_grad_(not self.fixed)
         self._held_out: tuple[Tensor, Tensor] | None = None
-
-    def _take_latents(self, other: PreviewCodec) -> None:
-        """Mean by latents what another codec means by them, so that transformers trained on its latents stay valid."""
-        if not (self.fixed and other.config.direct and not len(other.encoder)):
-            raise InputError(f"latents={self.options.latents}: only fixed, direct latents can be taken over")
-        theirs = other.state_dict()
-        same = {name: tensor for name, tensor in theirs.items() if name.startswith(("direct_", "latent_"))}
-        self.codec.load_state_dict({**self.codec.state_dict(), **same})
 
     def modules(self) -> dict[str, nn.Module]:
         return {"codec": self.codec}
 
     def parameter_groups(self):
-        # Adam moves every weight by about the rate: where many alike inputs add up to a latent or a pixel, that is a
-        # leap that undoes the start; measured on one batch, 100 steps: 21.4 dB with even rates, 34.0 dB with lower ones.
-        last = [f"{part}.{len(getattr(self.codec, part)) - 1}." for part in ("encoder", "decoder")]
-        scales = {last[0]: 0.05, last[1]: 0.1, "direct_": 0.02}
-        learned = {name: p for name, p in self.codec.named_parameters() if p.requires_grad}
-        groups, left = [], dict(learned)
-        for start, scale in scales.items():
-            names = [name for name in left if name.startswith(start)]
-            groups.append((names, "adamw", scale))
-            left = {name: p for name, p in left.items() if name not in names}
-        groups.append(([name for name, p in left.items() if p.ndim == 4], "muon", 1.0))
+        # Muon for the hidden convolutions. Adam moves every weight by about the rate: where many alike inputs add up to a
+        # pixel, that is a visible leap, so the last layer has half of it.
+        names = [name for name, p in self.codec.named_parameters() if p.ndim == 4 and p.requires_grad]
+        latents, pixels = (f"{part}.{len(getattr(self.codec, part)) - 1}.weight" for part in ("encoder", "decoder"))
+        hidden = [name for name in names if name not in (latents, pixels)]
+        groups = ((hidden, "muon", 1.0), ([latents], "adamw", 1.0), ([pixels], "adamw", 0.5))
         return [
-            {"names": [f"codec.{name}" for name in names], "optimizer": kind, "scale": scale}
-            for names, kind, scale in groups
-            if names
+            {"names": [f"codec.{name}" for name in chosen], "optimizer": kind, "scale": scale}
+            for chosen, kind, scale in groups
+            if set(chosen) <= set(names)
         ]
 
     def running(self) -> list[Tensor]:
@@ -230,12 +239,15 @@ class Objective(loop.Objective):
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         options, device = self.options, self.context.device
-        pixels, masks = self.clips.batch(loop.seed_for(self.context.seed, step, rank), self.context.batch)
+        random = np.random.default_rng(loop.seed_for(self.context.seed, step, rank))
+        pixels, masks = self.clips.batch(step, random, self.context.batch)
         target = to_float(pixels).to(device)
         count, frames, _, height, width = target.shape
         grid = (height // self.codec.space_stride, width // self.codec.space_stride)
         shape = (count, num_latents(frames), self.codec.latent_channels, *grid)
-        noise = options.noise * torch.randn(shape, generator=generator)
+        loud = torch.rand(2, count, 1, 1, 1, 1, generator=generator)
+        level = torch.where(loud[0] < options.loud_share, options.noise + loud[1] * options.loud, options.noise)
+        noise = level * torch.randn(shape, generator=generator)
         output, raw = loop.cast_call(self.codec, self.context.dtype, target, noise.to(device))
         weights = pixel_weights(masks.to(device), options.entity_weight, options.dilation)
         terms = reconstruction_terms(output, target, weights)
@@ -278,8 +290,8 @@ class Objective(loop.Objective):
         raw = []
         with torch.no_grad():
             for index in range(-(-self.options.statistics_clips // 8)):
-                pixels, _ = self.clips.batch(HELD_OUT + 1000 + index, 8)
-                video = to_float(pixels).to(self.context.device)
+                random = np.random.default_rng(loop.seed_for(self.context.seed, HELD_OUT + index))
+                video = to_float(self.clips.batch(index, random, 8)[0]).to(self.context.device)
                 raw.append(self._call(video, self.codec.start(), method="feed_raw")[0])
             mean, std = statistics(torch.cat(raw))
             self.codec.latent_mean.copy_(mean)
@@ -288,8 +300,8 @@ class Objective(loop.Objective):
     def _reconstruct(self) -> tuple[Tensor, Tensor, Tensor]:
         """Held-out clips -> target, masks, output clamped to [-1, 1]."""
         if self._held_out is None:
-            batches = [self.clips.batch(HELD_OUT + index, 1) for index in range(self.options.held_out)]
-            self._held_out = tuple(torch.cat(parts) for parts in zip(*batches))
+            clips = [self.clips.held_out(number) for number in range(self.options.held_out)]
+            self._held_out = tuple(torch.stack(parts) for parts in zip(*clips))
         pixels, masks = (x.to(self.context.device) for x in self._held_out)
         target = to_float(pixels)
         with torch.no_grad():

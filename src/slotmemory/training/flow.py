@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from slotmemory.backbones.attention import Rows
 from slotmemory.backbones.causal_wan import CausalWan, WanConfig
@@ -48,6 +49,7 @@ class Options(Frozen):
     freq_dim: int = 128
     text_dim: int = 128
     text_len: int = 12
+    patch: int = Field(2, description="latent cells of a token, each way")
     seconds: float = Field(24.0, description="length of a narrative")
     pool: int = Field(64, description="narratives kept per process")
     refresh: int = Field(2, description="steps after which one of them is replaced")
@@ -117,7 +119,7 @@ class Objective(loop.Objective):
                 text_len=options.text_len,
                 in_dim=self.codec.latent_channels,
                 out_dim=self.codec.latent_channels,
-                patch=(1, 1, 1),
+                patch=(1, options.patch, options.patch),
             )
         )
         self.words = WordEncoder(options.text_dim, options.text_len)
@@ -149,7 +151,7 @@ class Objective(loop.Objective):
         return [{"names": plain, "optimizer": "adamw", "scale": 1.0}]
 
     def make(self, seed: int) -> Encoded:
-        return encode(Narrative.random(seed, self.options.seconds), self.codec)
+        return encode(Narrative.random(seed, self.options.seconds), self.codec, patch=self.options.patch)
 
     # clips
 
@@ -183,7 +185,7 @@ class Objective(loop.Objective):
 
     def hide(self, item: Encoded, chunk: int, entity: int, random: torch.Generator) -> Tensor:
         """Draw which tokens of a distant chunk are kept from its readers: [N] bool, for memories keep parts of chunks."""
-        frames, per_frame = 3, item.cells[0, 0].numel() if len(item.cells) else item.latents[0, 0].numel()
+        frames, per_frame = 3, item.labels.shape[1]
         kind, share, frame = torch.rand(3, generator=random).tolist()
         hidden = torch.zeros(frames, per_frame, dtype=torch.bool)
         if kind < 0.3:
@@ -193,7 +195,7 @@ class Objective(loop.Objective):
             hidden[int(frame * frames)] = False
         elif kind < 0.8 and entity >= 0:  # the entity's cells and their neighbours
             cells = item.cells[entity, chunk * frames : (chunk + 1) * frames].float()
-            grown = torch.nn.functional.max_pool2d(cells[:, None], 3, 1, 1)[:, 0] > 0
+            grown = F.max_pool2d(cells[:, None], 3, 1, 1)[:, 0] > 0
             hidden = ~grown.flatten(1)
             if share < 0.5:  # of one latent frame only
                 hidden[torch.arange(frames) != int(frame * frames)] = True
@@ -212,7 +214,7 @@ class Objective(loop.Objective):
         o, size = self.options, 3
         clean = o.run - 1
         per_clip = DISTANT + clean + o.copies * o.run
-        cells = items[0].latents[0, 0].numel()
+        tokens = items[0].labels.shape[1]
         use_sink, use_far_past = (torch.rand(2, generator=random) > torch.tensor([o.no_sink, o.short])).tolist()
         latents, frames, sigma, table, hidden, weight, prompts = [], [], [], [], [], [], []
         labels, places, stand_ins = [], [], []
@@ -231,7 +233,7 @@ class Objective(loop.Objective):
                 labels.append(item.labels[chunk * size : (chunk + 1) * size].flatten(0, 1))
                 places.append(item.places[chunk * size : (chunk + 1) * size].flatten(0, 1))
                 prompts.append(item.prompts[chunk])
-                hidden.append(torch.zeros(size * cells, dtype=torch.bool))
+                hidden.append(torch.zeros(size * tokens, dtype=torch.bool))
             hidden[base + MEMORY] = self.hide(item, far, entity, random)
             noised = torch.rand(DISTANT + clean, generator=random) < o.noised
             sigma.append(torch.rand(DISTANT + clean, generator=random) * o.context_noise * noised)
@@ -313,7 +315,8 @@ class Objective(loop.Objective):
     def errors(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Squared flow error per token of every row [R, N], and the probed layer's input."""
         flow, hidden = self.predict(batch, noise)
-        return (flow.float() - (noise - batch.latents)).square().mean(2).flatten(1), hidden
+        squared = (flow.float() - (noise - batch.latents)).square().mean(2)
+        return F.avg_pool2d(squared, self.options.patch).flatten(1), hidden
 
     @torch.no_grad()
     def with_own_past(self, batch: Batch, noise: Tensor) -> Batch:

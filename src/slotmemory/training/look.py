@@ -11,10 +11,10 @@ from slotmemory.training.parallel import whole
 
 # what the embedded model is asked for at sampling, and what its memories default to
 SETTINGS = {
-    "height": 48,
-    "width": 80,
+    "height": 96,
+    "width": 160,
     "fps": 16,
-    "shift": 3.0,
+    "shift": 5.0,
     "steps": 6,
     "context_noise": 0.1,
     "memory": {

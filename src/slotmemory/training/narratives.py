@@ -16,14 +16,13 @@ from slotmemory.training.loop import seed_for
 from slotmemory.training.shown import labels_of
 from slotmemory.world.narrative import Narrative
 
-CELL_SHARE = 0.15  # a latent cell belongs to an entity that covers at least this share of its pixels
+CELL_SHARE = 0.15  # a cell belongs to an entity that covers at least this share of its pixels
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One narrative: latents [L, C, h, w], per-entity cells [E, L, h, w] bool, and per chunk prompt and who is visible.
-
-    labels [L, h w, 5] and places [L, h w, 2]: what each cell shows (`shown.labels_of`)."""
+    """One narrative: latents [L, C, h p, w p] and, per token of p x p latent cells, whose it is: cells [E, L, h, w] bool,
+    labels [L, h w, 5] and places [L, h w, 2] (`shown.labels_of`); per chunk its prompt and who is visible."""
 
     latents: Tensor
     cells: Tensor
@@ -38,8 +37,8 @@ class Encoded:
         return len(self.prompts)
 
 
-def encode(narrative: Narrative, codec, frames_per_chunk: int = 3) -> Encoded:
-    """Render and encode a whole narrative."""
+def encode(narrative: Narrative, codec, frames_per_chunk: int = 3, patch: int = 1) -> Encoded:
+    """Render and encode a whole narrative for tokens of `patch` x `patch` latent cells."""
     last = narrative.frames
     pixels = torch.from_numpy(np.ascontiguousarray(narrative.render(0, last)))
     with torch.no_grad():
@@ -47,8 +46,9 @@ def encode(narrative: Narrative, codec, frames_per_chunk: int = 3) -> Encoded:
     chunks = len(latents) // frames_per_chunk
     prompts = [narrative.prompt(k) for k in range(chunks)]
     truth = narrative.truth(0, last)
-    stride = pixels.shape[-1] // latents.shape[-1]
-    shares = torch.zeros(len(narrative.entities), *latents[:, 0].shape)
+    stride = pixels.shape[-1] // latents.shape[-1] * patch
+    height, width = (x // patch for x in latents.shape[-2:])
+    shares = torch.zeros(len(narrative.entities), len(latents), height, width)
     for entity in range(len(narrative.entities)):
         covered = torch.from_numpy(truth.masks == entity + 1).float()
         covered = torch.nn.functional.avg_pool2d(covered[:, None], stride)[:, 0]  # [T, h, w]

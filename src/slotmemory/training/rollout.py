@@ -147,10 +147,11 @@ class Rollout:
 def engine_for(engine: Engine, **parts: Any) -> Engine:
     """Make an engine that rolls out: latents are not decoded, prompts are told by line, the sampler can be stopped.
 
-    parts: what else replaces the engine's own, such as backbone and memory."""
+    parts: what else replaces the engine's own, such as backbone and memory; a sampler among them stays as it is."""
     engine = replace(engine, **parts)
     text = engine.text if isinstance(engine.text, Lines) else Lines(engine.text)
-    return replace(engine, codec=Undecoded(engine.dtype), text=text, sampler=ExitStep(engine.sampler))
+    sampler = engine.sampler if "sampler" in parts else ExitStep(engine.sampler)
+    return replace(engine, codec=Undecoded(engine.dtype), text=text, sampler=sampler)
 
 
 def cut(tree: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from slotmemory.checkpoints.presets import find as preset
 from slotmemory.checkpoints.presets import names as preset_names
 from slotmemory.codecs.words import WordEncoder
+from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.sampler import FewStep, FlowSchedule
 from slotmemory.training import loop
@@ -74,7 +75,8 @@ class Student(loop.Objective):
             )
         engine = open_engine(options.student, options.base, options.codec, context.device)
         shift = engine.sampler.schedule.shift if options.shift is None else options.shift
-        engine = replace(engine, sampler=FewStep(options.steps, FlowSchedule(shift)))
+        sampler = engine.sampler if options.steps is None else FewStep(options.steps)
+        engine = replace(engine, sampler=replace(sampler, schedule=FlowSchedule(shift)))
         planned = context.device.type == "meta"  # nothing is read that may not exist yet
         given = {k: v for k, v in options.memory_options.items() if not (planned and k == "weights")}
         self.memory_given = engine.defaults_for(options.memory, given)
@@ -86,7 +88,7 @@ class Student(loop.Objective):
         self.student = Cast(self.transformer, context.dtype, options.recompute)
         teacher = load_transformer(options.teacher or options.student, options.base, context.device)
         self.teacher = Cast(teacher.to(context.dtype).eval().requires_grad_(False), context.dtype)
-        self.engine = engine_for(self.whole, backbone=self.student)
+        self.engine = self.in_loop()
         self.text: Lines = self.engine.text
         self.auxiliary = self.auxiliary | {self.memory_name}
         self.source = None if planned else open_source(options.prompts, options.follow)
@@ -95,6 +97,10 @@ class Student(loop.Objective):
         if self.negative is None:
             own = options.teacher or options.student
             self.negative = preset(own).negative if own in preset_names() else ""
+
+    def in_loop(self) -> Engine:
+        """The engine that training streams with."""
+        return engine_for(self.whole, backbone=self.student)
 
     @property
     def memory_name(self) -> str:

@@ -4,12 +4,8 @@ It knows narratives and a grid of tokens, no model. The truth is that of the ren
 the stream was given those frames (`Session.prefill`), and an intention where a model makes its own.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 
-from slotmemory.tree import atomic_file
 from slotmemory.world.clock import FRAMES_PER_LATENT, latent_frames
 from slotmemory.world.narrative import Narrative
 
@@ -33,11 +29,3 @@ def token_masks(narrative: Narrative, grid: tuple[int, int], covered: float = CO
     shares = np.stack([shares[:, span.start : span.stop].mean(1) for span in spans], 1)
     shares[0] = np.nextafter(covered, 0)  # nobody, who loses to an entity that covers just as much
     return shares.argmax(0).astype(np.uint8)
-
-
-def write_masks(path: str | Path, narratives: Sequence[Narrative], grid: tuple[int, int]) -> None:
-    """Write an .npz file with the array `masks`: uint8 [latents, rows, columns] of one narrative, or of several, one per
-    batch row and equally long, [R, latents, rows, columns]."""
-    masks = np.stack([token_masks(narrative, grid) for narrative in narratives])
-    with atomic_file(path) as file:
-        np.savez_compressed(file, masks=masks[0] if len(masks) == 1 else masks)

@@ -20,8 +20,8 @@ GROUND = 45.0  # units from the top to the line the cast stands on
 class WorldSize:
     """Pixels of a frame; everything is drawn to scale with the height."""
 
-    width: int = 80
-    height: int = 48
+    width: int = 160
+    height: int = 96
 
     def __post_init__(self):
         if self.height < 24 or self.width < self.height:
