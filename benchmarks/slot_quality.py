@@ -22,12 +22,13 @@ from slotmemory.codecs.base import to_float
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.evaluation.grouping import Quality, measure
+from slotmemory.training.narratives import HELD_OUT
 from slotmemory.world.masks import token_masks
 from slotmemory.world.narrative import Narrative
 from slotmemory.world.renderer import WorldSize
 
 GROUPINGS = ("learned", "kmeans", "grid", "shuffled")
-HELD_OUT = 2**31 + 10_000  # beyond what trainings learn from and validate on
+FIRST_SEED = HELD_OUT + 10_000  # beyond what trainings learn from and validate on
 DRAWS = 1000
 
 
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     results: dict[str, list[list[Quality]]] = {name: [] for name in engines}
     for number in range(options.narratives):
-        latents, truth, prompts = read(next(iter(engines.values())), HELD_OUT + number, options.seconds)
+        latents, truth, prompts = read(next(iter(engines.values())), FIRST_SEED + number, options.seconds)
         for name, engine in engines.items():
             labels = labels_of(engine, latents, prompts)
             results[name].append([measure(layer, truth, engine.memory.num_slots) for layer in labels])

@@ -26,7 +26,6 @@ def call(tmp_path, monkeypatch, capfd):
         return measure(engine, *given)
 
     monkeypatch.setattr(full_size, "measure", counted)
-    threads = torch.get_num_threads()
 
     def run(*words):
         fixed = "--size tiny --width 32 --height 32 --seconds 1.5 --steps 1000 --undecoded 1 --dtype fp32 --device cpu"
@@ -35,8 +34,7 @@ def call(tmp_path, monkeypatch, capfd):
         return status, json.loads(path.read_text()) if path.exists() else None, said
 
     run.measured, run.path = measured, path
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def test_memories_are_measured_written_down_and_not_measured_again(call):

@@ -166,7 +166,7 @@ def predict(engine: Engine, memory: Memory, chunks: int, batch: int = 1, text: i
     each = [(base | parts, (times if tokens else 2) * per_token) for parts, times in moments]
     each.sort(key=lambda moment: -sum(moment[0].values()))
     others = tuple((sum(parts.values()), cost) for parts, cost in each[1:])
-    return Footprint(*each[0][:1], text, tokens, each[0][1], kept + decoded, at_rest, others)
+    return Footprint(each[0][0], text, tokens, each[0][1], kept + decoded, at_rest, others)
 
 
 def _decoded(engine: Engine, latents: Tensor) -> Any:

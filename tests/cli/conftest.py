@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from slotmemory.cli import main
 from tests.models_for_tests import write_model
@@ -42,7 +41,6 @@ def script(tmp_path) -> Path:
 def slotmemory(capfd, tmp_path, monkeypatch):
     """Call a command in an empty working directory: slotmemory("generate", ...) -> status, out, err."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
     # whoever starts the tests in the background may have told them to ignore Ctrl-C
     ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -54,7 +52,6 @@ def slotmemory(capfd, tmp_path, monkeypatch):
 
     yield call
     signal.signal(signal.SIGINT, ctrl_c)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

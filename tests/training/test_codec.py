@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slotmemory.codecs.preview import PreviewCodec
-from slotmemory.training import codec, loop
+from slotmemory.training import loop
 from slotmemory.training.codec import (
     NarrativeClips,
     Objective,
@@ -19,6 +19,7 @@ from slotmemory.training.codec import (
     statistics,
 )
 from slotmemory.training.loop import train
+from slotmemory.training.narratives import HELD_OUT
 from slotmemory.training.recipe import parse_recipe
 
 SIZES = {
@@ -77,7 +78,7 @@ def test_held_out_clips_are_whole_and_no_training_clips():
     source = clips(crop=40)
     pixels, masks = source.held_out(0)
     assert pixels.shape == (5, 3, 96, 160) and masks.shape == (5, 96, 160)
-    assert max(source.pool.seed_of(number) for number in range(100)) < codec.HELD_OUT
+    assert max(source.pool.seed_of(number) for number in range(100)) < HELD_OUT
     assert torch.equal(pixels, clips().held_out(0)[0]) and not torch.equal(pixels, source.held_out(1)[0])
 
 

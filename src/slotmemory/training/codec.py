@@ -22,12 +22,10 @@ from torch.nn import functional as F
 from slotmemory.codecs.base import num_latents, to_float, to_uint8
 from slotmemory.codecs.preview import SPACE_STRIDE, TIME_STRIDE, PreviewCodec, PreviewConfig
 from slotmemory.training import loop
-from slotmemory.training.narratives import Pool
+from slotmemory.training.narratives import HELD_OUT, Pool
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import chunk_frames
 from slotmemory.world.narrative import Narrative
-
-HELD_OUT = 1 << 31  # validation narratives have seeds from here on; a pool's are below
 
 
 class Sizes(Frozen):
@@ -97,7 +95,7 @@ class Clips(Protocol):
 
 
 class NarrativeClips:
-    """Clips of the narrative world: anywhere, around changes of shot, and stills, cropped to where an entity is."""
+    """Clips of the narrative world: anywhere, around changes of shot, and stills, each cropped to a part of the width."""
 
     def __init__(self, options: Options, seed: int, rank: int) -> None:
         self.options = options
@@ -284,7 +282,7 @@ class Objective(loop.Objective):
         Image.fromarray(sheet.cpu().numpy()).save(folder / "codec.png")
 
     def finish(self) -> None:
-        """Replace the running latent statistics by exact ones over fresh clips."""
+        """Replace the running latent statistics by exact ones over many clips."""
         if self.fixed:
             return
         raw = []

@@ -28,12 +28,11 @@ from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
 from slotmemory.sampler import FlowSchedule, add_noise, flow_to_x0
 from slotmemory.training import loop
-from slotmemory.training.narratives import Encoded, Pool, encode
+from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
 from slotmemory.training.recipe import Frozen
 from slotmemory.training.shown import Probe, probe_loss
 from slotmemory.world.narrative import Narrative
 
-HELD_OUT = 2**31  # validation narratives have seeds from here on; a pool's are below
 SINK, MEMORY = 0, 1
 DISTANT = 2
 

@@ -16,6 +16,7 @@ from slotmemory.training.loop import seed_for
 from slotmemory.training.shown import labels_of
 from slotmemory.world.narrative import Narrative
 
+HELD_OUT = 2**31  # validation narratives have seeds from here on; a pool's are below
 CELL_SHARE = 0.15  # a cell belongs to an entity that covers at least this share of its pixels
 
 
@@ -81,4 +82,4 @@ class Pool:
         return list(self.kept.values())
 
     def seed_of(self, number: int) -> int:
-        return seed_for(self.seed, self.rank, number) % 2**31
+        return seed_for(self.seed, self.rank, number) % HELD_OUT

@@ -32,8 +32,7 @@ from slotmemory.errors import InputError
 from slotmemory.memory import Memory
 from slotmemory.sampler import Draw, FlowSchedule, Predict, add_noise
 from slotmemory.training import loop
-from slotmemory.training.flow import HELD_OUT
-from slotmemory.training.narratives import Encoded, Pool, encode
+from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
 from slotmemory.training.plan import Work
 from slotmemory.training.rollout import Rollout, engine_for, mean_of
 from slotmemory.training.student import Student, StudentOptions

@@ -40,8 +40,7 @@ from slotmemory.models import load
 from slotmemory.sampler import add_noise
 from slotmemory.training import loop
 from slotmemory.training.codec import psnr
-from slotmemory.training.flow import HELD_OUT
-from slotmemory.training.narratives import Encoded, Pool, encode
+from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.narrative import Narrative
 

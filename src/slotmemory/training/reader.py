@@ -21,7 +21,7 @@ from slotmemory.codecs.base import num_latents, to_float, to_uint8
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.evaluation.reader import ANSWERS, NOBODY, ONE, SEVERAL, Reader, Seen
 from slotmemory.training import loop
-from slotmemory.training.narratives import Pool
+from slotmemory.training.narratives import HELD_OUT, Pool
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import FRAMES_PER_CHUNK, chunk_frames
 from slotmemory.world.entities import Entity
@@ -29,7 +29,6 @@ from slotmemory.world.grammar import Role, ShotSpec
 from slotmemory.world.narrative import Narrative
 from slotmemory.world.vocabulary import ACTIONS, COLOURS, KINDS, SCENES
 
-HELD_OUT = 2**31  # a pool's seeds are below
 UNKNOWN = -1  # an answer that is not asked for
 SHOWS, HIDDEN = 0.8, 0.08  # shares of a body from which on it counts, and up to which it does not
 
