@@ -133,18 +133,21 @@ class Block(nn.Module):
         layer: int,
     ) -> tuple[Tensor, Seen]:
         """x [B, F, n, C], modulation [B, F, 6, C] -> x and what this layer saw."""
+        # [B, F, 6, 1, C]: shift, scale and gate of attention, then of the feed-forward part
+        modulation = (self.modulation + modulation).unsqueeze(3)
         query, key, value, hidden, turned = self.enter(x, modulation, turn)
         mixed = pattern(layer, *turned, value, hidden)
         x, text_query = self.leave(x, mixed, modulation, text)
         return x, Seen(key, value, hidden, text_query, query)
 
-    # what comes before and after self-attention, by itself: these two are compiled where that is asked for
+    # what comes before and after self-attention, by itself: these two are compiled where that is asked for, and take the
+    # block's whole modulation [B, F, 6, 1, C]
 
     def enter(
         self, x: Tensor, modulation: Tensor, turn: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """-> query, key, value [B, N, H, D], hidden [B, N, C], and query and key rotated."""
-        shift, scale = self._modulated(modulation)[:2]
+        shift, scale = modulation.unbind(2)[:2]
         hidden = modulate(x, shift, scale, self.eps).flatten(1, 2)
         query = self.self_attn.query(hidden)
         key, value = self.self_attn.key_value(hidden)
@@ -152,16 +155,12 @@ class Block(nn.Module):
 
     def leave(self, x: Tensor, mixed: Tensor, modulation: Tensor, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Attended values mixed [B, N, H, D] -> x, and the queries of cross-attention [B, N, H, D]."""
-        gate1, shift, scale, gate2 = self._modulated(modulation)[2:]
+        gate1, shift, scale, gate2 = modulation.unbind(2)[2:]
         x = x + gate1 * self.self_attn.o(mixed.flatten(2)).view(x.shape)
         text_query = self.cross_attn.query(self.norm3(x).flatten(1, 2))
         x = x + self.cross_attn.o(attend(text_query, *text).flatten(2)).view(x.shape)
         x = x + gate2 * self.ffn(modulate(x, shift, scale, self.eps))
         return x, text_query
-
-    def _modulated(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """[B, F, 6, C] -> shift, scale, gate of attention and of the feed-forward part, [B, F, 1, C] each."""
-        return (self.modulation + modulation).unsqueeze(3).unbind(2)
 
 
 class Head(nn.Module):
