@@ -8,17 +8,27 @@ import torch
 from safetensors.torch import load_file
 
 from slotmemory.codecs.base import read_tensors
+from slotmemory.errors import InputError
 from slotmemory.models import load
 from slotmemory.training import distribution_matching, look, slots
 from slotmemory.training.loop import TrainingError, train
 from slotmemory.training.recipe import find_objective, parse_recipe
+from tests.models_for_tests import write_model
 
 STREAM = {"chunks": 2, "new": 1, "length": 12, "switches": [6], "ratio": 3}
 STAGES = {
     "ode": {"chunks": 2, "teacher_steps": 2, "pool": 2, "refresh": 5},
     "distribution_matching": {"chunks": 2, "ratio": 3},
     "long_tuning": {**STREAM, "score": "joint", "memory": "sink", "memory_options": {"recache": True}},
-    "slots_warm_up": {"on": "world", "chunks": 3, "pool": 2, "seconds": 5, "threshold": 0.2, "queue": 12},
+    "slots_warm_up": {
+        "on": "world",
+        "record": True,
+        "chunks": 3,
+        "pool": 2,
+        "seconds": 5,
+        "threshold": 0.2,
+        "queue": 12,
+    },
     "slots": {**STREAM, "stage": 2, "threshold": 0.3, "queue": 12, "memory_gradients": "exit_step"},
 }
 
@@ -141,3 +151,25 @@ def test_a_loss_that_is_not_finite_names_term_and_prompt_and_keeps_the_last_chec
     with pytest.raises(TrainingError, match=r"critic is nan in step 3 \('.+'\); stopped before its optimizer step"):
         train(recipe("distribution_matching", micro, other, steps=4), tmp_path)
     assert (tmp_path / "checkpoint" / "last.pt").read_bytes() == before
+
+
+def test_recorded_features_teach_slots_what_the_videos_themselves_teach(other, tmp_path):
+    model = str(write_model(tmp_path / "model", context_noise=0.0))
+    whole = {
+        "chunks": 100,
+        "memory_options": {"bank": 0},
+    }  # clips as long as the videos: both begin where the stream does
+    first = {}
+    for record in (False, True):
+        train(
+            recipe("slots_warm_up", model, other, steps=1, options={**whole, "record": record}), tmp_path / str(record)
+        )
+        first[record] = curve(tmp_path / str(record))[0]
+    assert first[True]["slot_reconstruction"] > 0
+    for name in ("slot_contrast", "slot_reconstruction", "slot_sharpness"):
+        assert first[True][name] == pytest.approx(first[False][name], rel=0.01)  # kept in bf16
+
+
+def test_what_the_model_makes_anew_in_every_step_cannot_be_recorded(micro, other):
+    with pytest.raises(InputError, match="use on=world"):
+        recipe("slots_warm_up", micro, other, options={"on": "own", "record": True})

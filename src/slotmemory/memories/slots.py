@@ -220,20 +220,16 @@ class Slots(Sink):
         if written.now.replay:
             return state
         layers = len(written.layers)
-        tokens = torch.stack([self.adapters.one(i, seen.hidden) for i, seen in enumerate(written.layers)])
-        bound = self._bind(state["running"], tokens)
-        lesson = None
-        if torch.is_grad_enabled():
-            given = (state["running"], state["mass"], written.now.switched)
-            lesson = vars(Lesson(bound.slots, bound.assignment, tokens, *given))
-        groups, owners = self._group(state, bound, tokens, written)
+        hidden = [seen.hidden for seen in written.layers]
+        bound, lesson = self.bind(state["running"], state["mass"], hidden, written.now.switched)
+        groups, owners = self._group(state, bound, lesson.tokens, written)
         owners, births = self._identify(state, groups, owners)
         chunk = state["chunks"]
         state = {
             **state,
             "running": bound.slots,
             "mass": measure.mass(bound.assignment).detach(),
-            "lesson": lesson,
+            "lesson": vars(lesson) if torch.is_grad_enabled() else None,
             "groups": groups.slots.detach(),
             "owners": owners,
             "labels": groups.assignment.argmax(-2).to(torch.uint8),
@@ -253,6 +249,16 @@ class Slots(Sink):
         new = [self._items(written, i, chosen.indices[i], state, chosen.mass[i]) for i in range(layers)]
         old = state["slots"]
         return {**state, "slots": [a.join(b) for a, b in zip(old, new)] if old else new}
+
+    def bind(
+        self, running: Tensor | None, mass: Tensor | None, hidden: Sequence[Tensor], switched: bool
+    ) -> tuple[Merged, Lesson]:
+        """Bind a chunk's features to slots: hidden [B, N, W] of every layer; running, mass: slots of the chunk before.
+
+        -> the slots, and what there is to learn from them; `write` does this, and trainings on features alone."""
+        tokens = torch.stack([self.adapters.one(layer, x) for layer, x in enumerate(hidden)])
+        bound = self._bind(running, tokens)
+        return bound, Lesson(bound.slots, bound.assignment, tokens, running, mass, switched)
 
     def _bind(self, running: Tensor | None, tokens: Tensor) -> Merged:
         """Bind tokens [L, B, N, C] to slots; duplicates are merged if asked."""
