@@ -12,6 +12,7 @@ from slotmemory.training import loop, preservation
 from slotmemory.training.recipe import parse_recipe
 from slotmemory.world.renderer import WorldSize
 from tests.models_for_tests import write_model
+from tests.training.test_videos import write_video
 
 ENCODER = {"rate": "2x2x2", "width": 16, "heads": 2}
 FILE = "memory.history"
@@ -150,6 +151,21 @@ def test_without_branches_to_train_it_says_so(model):
 def test_clips_that_are_no_whole_chunks_are_named(model):
     with pytest.raises(InputError, match="frames=10: expected a multiple of 3"):
         objective_for(model, frames=10)
+
+
+def test_a_folder_of_videos_is_learnt_from_and_measured_on(model, tmp_path):
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", 40, height=96, width=160)
+    objective = objective_for(model, on=str(tmp_path))
+    learnt, measured = objective.make(0), objective.make(preservation.HELD_OUT)
+    assert learnt.latents.shape == measured.latents.shape == (9, 16, 12, 20)
+    assert not torch.equal(learnt.latents, measured.latents)
+    torch.nn.init.normal_(objective.memory.encoder.project.weight, std=0.1)
+    loss, told = objective.loss(0, 0, random())
+    loss.backward()
+    assert loss > 0 and told["entity"] == 0  # nobody knows where anybody is
+    assert objective.memory.encoder.project.weight.grad.abs().sum() > 0
+    assert 0 < objective.validate(0)["psnr"] < 60
 
 
 def save(objective, path):

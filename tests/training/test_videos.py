@@ -70,7 +70,26 @@ def test_bad_files_are_skipped_by_name_and_counted(tmp_path, caplog):
 
 def test_a_folder_of_only_bad_files_is_an_error(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no")
-    with pytest.raises(InputError, match="holds no video that can be read, of 1 files"):
+    with pytest.raises(InputError, match="holds no video that can be used, of 1 files"):
         Videos(tmp_path, LAYOUT)
     with pytest.raises(InputError, match="is no folder of videos"):
         Videos(tmp_path / "none", LAYOUT)
+
+
+def test_videos_that_are_only_measured_are_not_learnt_from(tmp_path, caplog):
+    write_video(tmp_path / "only.mp4", 30)
+    alone = Videos(tmp_path, LAYOUT)
+    assert [list(part.frames) for part in alone.split(2)] == [
+        list(alone.frames)
+    ] * 2 and "one video only" in caplog.text
+    for number in range(10):
+        write_video(tmp_path / f"{number}.mp4", 30)
+    learnt, measured = (set(part.frames) for part in Videos(tmp_path, LAYOUT).split(4))
+    assert len(measured) == 2 and len(learnt) == 9 and not learnt & measured  # a fifth of 11
+
+
+def test_videos_shorter_than_what_is_asked_for_are_skipped(tmp_path, caplog):
+    write_video(tmp_path / "long.mp4", 60)
+    write_video(tmp_path / "short.mp4", 20)
+    assert [path.name for path in Videos(tmp_path, LAYOUT, 3).frames] == ["long.mp4"]
+    assert "short.mp4 has 20 frames at 16 per second, 3 chunks have" in caplog.text

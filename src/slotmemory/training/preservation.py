@@ -42,6 +42,7 @@ from slotmemory.training import loop
 from slotmemory.training.codec import psnr
 from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
 from slotmemory.training.recipe import Frozen
+from slotmemory.training.videos import Shown, Videos
 from slotmemory.world.narrative import Narrative
 
 MEMORY = "memory.history"  # the exported file's name, as a model folder has it
@@ -63,6 +64,7 @@ class Options(Frozen):
     blocks: int = 1
     span: int = 8
     branches: Literal["both", "low", "high"] = "both"
+    on: str = Field("world", description="the narrative world, or a folder of videos, some of which are only measured")
     seconds: float = Field(24.0, gt=0, description="length of a narrative")
     pool: int = Field(32, ge=1, description="narratives kept per process")
     refresh: int = Field(2, ge=1, description="steps after which one of them is replaced")
@@ -97,12 +99,19 @@ class Objective(loop.Objective):
         # the low-resolution branch is a copy of it
         self.transformer.patch_embedding.requires_grad_(False)
         self.schedule = engine.sampler.schedule
+        self.videos = (
+            None if options.on == "world" else Videos(options.on, self.layout, self.chunks).split(options.held_out)
+        )
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
-        self.held_out: list[Encoded] = []
+        self.held_out: list[Encoded | Shown] = []
 
     @property
     def size(self) -> int:
         return self.layout.frames_per_chunk
+
+    @property
+    def chunks(self) -> int:
+        return self.options.frames // self.size
 
     @property
     def arguments(self) -> dict:
@@ -114,7 +123,10 @@ class Objective(loop.Objective):
     def metadata(self, module: str) -> dict[str, str]:
         return {"config": json.dumps(self.arguments) if module == MEMORY else self.transformer.config.to_json()}
 
-    def make(self, seed: int) -> Encoded:
+    def make(self, seed: int) -> Encoded | Shown:
+        if self.videos is not None:
+            videos = self.videos[seed >= HELD_OUT]
+            return videos.encoded(seed, self.chunks, lambda pixels: self.codec.encode(pixels.to(self.codec.dtype)))
         return encode(Narrative.random(seed, self.options.seconds), self.codec, self.size)
 
     # what the transformer is shown
@@ -174,18 +186,24 @@ class Objective(loop.Objective):
         drawn = self.schedule.warp(torch.randn(count, generator=random).sigmoid())
         return (low + (high - low) * drawn).to(self.context.device)
 
-    def clips(self, items: list[Encoded], random: torch.Generator) -> tuple[Tensor, Tensor, list[list[str]]]:
+    def clips(self, items: list[Encoded | Shown], random: torch.Generator) -> tuple[Tensor, Tensor, list[list[str]]]:
         """Cut a clip from each narrative: latents [B, T, c, h, w], weights of the loss [B, T, h, w], prompts by chunk."""
-        chunks = self.options.frames // self.size
+        chunks = self.chunks
         parts, weights, prompts = [], [], []
         for item in items:
             start = int(torch.randint(max(item.chunks - chunks, 0) + 1, (), generator=random))
             cut = slice(start * self.size, (start + chunks) * self.size)
             parts.append(item.latents[cut])
-            weights.append(1 + (self.options.entity_weight - 1) * item.cells[:, cut].any(0).float())
+            weights.append(self.weights(item, cut))
             prompts.append(item.prompts[start : start + chunks])
         device = self.context.device
         return torch.stack(parts).to(device), torch.stack(weights).to(device), prompts
+
+    def weights(self, item: Encoded | Shown, cut: slice) -> Tensor:
+        """Weights of the loss [T, h, w]: more where entities are, if it is known where."""
+        if isinstance(item, Shown):
+            return torch.ones(cut.stop - cut.start, *item.latents.shape[-2:])
+        return 1 + (self.options.entity_weight - 1) * item.cells[:, cut].any(0).float()
 
     def noise(self, shape: tuple[int, ...], random: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=random).to(self.context.device)
@@ -243,7 +261,7 @@ class Objective(loop.Objective):
     # what is measured
 
     @torch.no_grad()
-    def recall(self, item: Encoded, random: torch.Generator, memory: bool = True) -> tuple[Tensor, Tensor]:
+    def recall(self, item: Encoded | Shown, random: torch.Generator, memory: bool = True) -> tuple[Tensor, Tensor]:
         """Paint evenly spaced runs of a clean clip again -> pixels [R, T, 3, H, W] in [-1, 1]: painted, and the truth's."""
         device, run = self.context.device, self.options.run
         latents = item.latents[: self.options.frames].to(device)

@@ -17,7 +17,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from slotmemory.codecs.base import to_float
 from slotmemory.memory import State, Written
 from slotmemory.session import Session
 from slotmemory.training import loop
@@ -27,7 +26,7 @@ from slotmemory.training.policies import InTraining
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Rollout, mean_of
 from slotmemory.training.student import Student, StudentOptions
-from slotmemory.training.videos import Videos
+from slotmemory.training.videos import Shown, Videos
 from slotmemory.world.narrative import Narrative
 from slotmemory.world.renderer import WorldSize
 
@@ -49,18 +48,6 @@ class Options(StudentOptions, LessonOptions):
                 "record=true with on=own: what the model makes is new in every step; use on=world or a folder"
             )
         return self
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A clip of a video: latents [L, C, h, w], and a prompt per chunk."""
-
-    latents: Tensor
-    prompts: list[str]
-
-    @property
-    def chunks(self) -> int:
-        return len(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -122,10 +109,8 @@ class Objective(Student):
     def video(self, seed: int) -> Encoded | Shown:
         layout = self.engine.layout
         if self.videos is not None:
-            pixels, prompt = self.videos.clip(seed, self.options.chunks)
-            with torch.no_grad():
-                latents = self.codec.encode(to_float(pixels)[None].to(self.context.device, self.codec.dtype))[0].float()
-            return Shown(latents, [prompt] * (len(latents) // layout.frames_per_chunk))
+            to = {"device": self.context.device, "dtype": self.codec.dtype}
+            return self.videos.encoded(seed, self.options.chunks, lambda pixels: self.codec.encode(pixels.to(**to)))
         return encode(Narrative.random(seed, self.options.seconds, WorldSize(layout.width, layout.height)), self.codec)
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

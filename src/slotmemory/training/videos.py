@@ -6,7 +6,10 @@ skipped with its name and counted; a folder without any other is an error. It kn
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slotmemory.codecs.base import to_float
 from slotmemory.errors import InputError
 from slotmemory.layout import Layout
 from slotmemory.video import read_video
@@ -24,11 +28,23 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif")
 
 
-class Videos:
-    """The readable videos of a folder and the folders in it."""
+@dataclass(frozen=True)
+class Shown:
+    """A clip of a video: latents [L, C, h, w], and a prompt per chunk."""
 
-    def __init__(self, folder: str | Path, layout: Layout):
-        self.folder, self.layout = Path(folder), layout
+    latents: Tensor
+    prompts: list[str]
+
+    @property
+    def chunks(self) -> int:
+        return len(self.prompts)
+
+
+class Videos:
+    """The readable videos of a folder and the folders in it, of at least so many chunks."""
+
+    def __init__(self, folder: str | Path, layout: Layout, least: int = 1):
+        self.folder, self.layout, self.least = Path(folder), layout, least
         if not self.folder.is_dir():
             raise InputError(f"{folder} is no folder of videos")
         found = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
@@ -38,7 +54,7 @@ class Videos:
             log.warning("%s: %d of %d videos were skipped", folder, self.skipped, len(found))
         if not self.frames:
             raise InputError(
-                f"{folder} holds no video that can be read, of {len(found)} files; use {', '.join(SUFFIXES)}"
+                f"{folder} holds no video that can be used, of {len(found)} files; use {', '.join(SUFFIXES)}"
             )
 
     def _frames(self, path: Path) -> int:
@@ -53,11 +69,32 @@ class Videos:
             log.warning("skipped: %s", error)
             return 0
         frames = int(seconds * self.layout.fps)
-        least = self.layout.frames(self.layout.frames_per_chunk)
+        least = self.layout.frames(self.least * self.layout.frames_per_chunk)
         if frames < least:
-            log.warning("skipped: %s has %d frames at %d per second, a chunk %d", path, frames, self.layout.fps, least)
+            told = (path, frames, self.layout.fps, self.least, least)
+            log.warning("skipped: %s has %d frames at %d per second, %d chunks have %d", *told)
             return 0
         return frames
+
+    def split(self, count: int) -> tuple[Videos, Videos]:
+        """Set files aside to measure on, the last by name: `count`, at most a fifth of all, but one -> the others, these."""
+        names = list(self.frames)
+        if len(names) == 1:
+            log.warning("%s holds one video only: measured will be what is learnt from", self.folder)
+            return self, self
+        first = len(names) - max(1, min(count, len(names) // 5))
+        parts = (names[:first], names[first:])
+        found = [copy.copy(self) for _ in parts]
+        for videos, part in zip(found, parts):
+            videos.frames = {path: self.frames[path] for path in part}
+        return found[0], found[1]
+
+    @torch.no_grad()
+    def encoded(self, seed: int, chunks: int, encode: Callable[[Tensor], Tensor]) -> Shown:
+        """Draw a clip as `clip` does; encode: pixels [1, T, 3, H, W] in [-1, 1] -> latents [1, L, C, h, w]."""
+        pixels, prompt = self.clip(seed, chunks)
+        latents = encode(to_float(pixels)[None])[0].float()
+        return Shown(latents, [prompt] * (len(latents) // self.layout.frames_per_chunk))
 
     def clip(self, seed: int, chunks: int) -> tuple[Tensor, str]:
         """Draw a clip of at most so many whole chunks -> pixels uint8 [T, 3, H, W], prompt."""
