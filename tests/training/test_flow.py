@@ -1,10 +1,14 @@
 """What the flow objective shows a transformer: clips of chunks, who sees whom, and where gradients go."""
 
+import json
+
 import pytest
 import torch
+from PIL import Image
 
 from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
-from slotmemory.training import flow, loop, shown
+from slotmemory.errors import InputError
+from slotmemory.training import flow, look, loop, shown
 from slotmemory.world.vocabulary import canonical
 
 
@@ -163,3 +167,16 @@ def test_the_probe_loss_counts_places_on_entities_only():
     even = torch.tensor([float(size) for size in shown.SIZES]).log().mean()
     torch.testing.assert_close(at_home, even)
     torch.testing.assert_close(away, even + 1.0)
+
+
+def test_its_filmstrips_are_made_as_its_settings_say(objective, tmp_path, monkeypatch):
+    named = {"height": 64, "width": 96, "fps": 16, "shift": 5.0, "steps": [1000], "context_noise": 0.1, "memory": {}}
+    (tmp_path / "model.json").write_text(json.dumps(named))
+    monkeypatch.setattr(look, "SCRIPTS", (["A red cat walks in the meadow."],) * 2)
+    monkeypatch.setattr(look, "CHUNKS_PER_SHOT", 1)
+    options = objective.options.model_copy(update={"settings": str(tmp_path / "model.json")})
+    flow.Objective(options, loop.Context(batch=2)).sample(0, tmp_path)
+    film = Image.open(tmp_path / "filmstrips.png")
+    assert film.size == (2 * 96, 2 * 64)  # two frames per chunk, a row per script
+    with pytest.raises(InputError, match="tells no settings"):
+        flow.Objective(objective.options.model_copy(update={"settings": "nothing"}), loop.Context(batch=2))

@@ -239,7 +239,6 @@ def test_a_resumed_run_goes_on_bitwise_and_its_weights_are_what_streams_and_mode
     engine.session({0: "A red cat walks in the meadow."}).step()
     given = ["--transformer", str(whole), "--codec", f"{micro}/codec.safetensors", "--out", str(tmp_path / "model")]
     monkeypatch.setattr(sys, "argv", ["pack", *given])
-    monkeypatch.setattr(pack, "SETTINGS", json.loads(open(f"{micro}/model.json").read()))
     assert pack.main() == 0
     packed = Engine.from_pretrained(str(tmp_path / "model"), "decoupled", dtype=torch.float32)
     assert torch.equal(packed.memory.bias, averaged)

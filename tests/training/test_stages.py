@@ -117,14 +117,11 @@ def test_adapters_are_exported_merged_and_start_the_next_stage(micro, other, tmp
     run, memory = str(tmp_path / "first"), str(tmp_path / "first" / "weights" / "memory.slots.ema.safetensors")
     codec = f"{micro}/codec.safetensors"
     options = {**adapted, "student": run, "critic": run, "codec": codec, "memory_options": {"weights": memory}}
-    # a run is opened at the embedded model's sizes, which the micro codec does not divide into
-    with pytest.MonkeyPatch.context() as patch:
-        settings = json.loads(open(f"{micro}/model.json").read())
-        patch.setattr("slotmemory.training.networks.SETTINGS", settings)
-        objective = slots.Objective(
-            slots.Options(**{**STAGES["slots"], **options, "teacher": other, "steps": (1000, 500)}),
-            distribution_matching.loop.Context(batch=1),
-        )
+    objective = slots.Objective(
+        slots.Options(**{**STAGES["slots"], **options, "teacher": other, "steps": (1000, 500)}),
+        distribution_matching.loop.Context(batch=1),
+    )
+    assert (objective.whole.layout.height, objective.whole.layout.width) == (32, 48)  # as in what the run started from
     assert torch.equal(objective.memory.adapters.weight, weights["memory.slots.ema.safetensors"]["adapters.weight"])
     merged = weights["critic.ema.safetensors"]["blocks.0.ffn.0.weight"]
     assert torch.equal(objective.critic.blocks[0].ffn[0].weight, merged)

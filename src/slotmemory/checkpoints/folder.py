@@ -36,8 +36,8 @@ REQUIRED = {
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Read model.json and check that it is one."""
-    path = folder / SETTINGS
+    """Read model.json, in a model's folder or given itself, and check that it is one."""
+    path = folder if folder.is_file() else folder / SETTINGS
     settings = read_json(path)
     for name, kind in REQUIRED.items():
         value = settings.get(name)

@@ -29,6 +29,7 @@ from slotmemory.codecs.words import WordEncoder
 from slotmemory.sampler import FlowSchedule, add_noise, flow_to_x0
 from slotmemory.training import loop
 from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
+from slotmemory.training.pack import EMBEDDED, settings_of
 from slotmemory.training.recipe import Frozen
 from slotmemory.training.shown import Probe, probe_loss
 from slotmemory.world.narrative import Narrative
@@ -41,6 +42,10 @@ class Options(Frozen):
     """Sizes of the model, and how clips are drawn."""
 
     codec: str = Field(description="weights of the codec, relative to the working directory")
+    settings: str = Field(
+        EMBEDDED,
+        description="how the model will be sampled, and its memories' defaults: a model's name or folder, or a model.json",
+    )
     dim: int = 256
     ffn_dim: int = 1024
     heads: int = 4
@@ -106,6 +111,7 @@ class Objective(loop.Objective):
 
     def __init__(self, options: Options, context: loop.Context):
         self.options, self.context = options, context
+        self.settings = settings_of(options.settings)
         self.codec = PreviewCodec.load(options.codec).to(context.device, context.dtype).eval().requires_grad_(False)
         self.transformer = CausalWan(
             WanConfig(

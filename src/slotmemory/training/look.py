@@ -9,25 +9,6 @@ from slotmemory.engine import Engine
 from slotmemory.models import assemble
 from slotmemory.training.parallel import whole
 
-# what the embedded model is asked for at sampling, and what its memories default to
-SETTINGS = {
-    "height": 96,
-    "width": 160,
-    "fps": 16,
-    "shift": 5.0,
-    "steps": 6,
-    "context_noise": 0.1,
-    "memory": {
-        "placing": "capped",
-        "reach": 21,
-        "slots": 4,
-        "tokens_per_slot": 10,
-        "bank": 6,
-        "overlap": False,
-        # sink, one past chunk and the bank together read what sink + window reads, and little more
-        "for": {"slots": {"window": 9}},
-    },
-}
 SCRIPTS = (
     ["A red cat walks in the meadow.", "A blue ball waits on the beach.", "The red cat jumps in the snow."],
     ["A green robot waits at night.", "The night is empty.", "The green robot walks at night."],
@@ -41,7 +22,7 @@ def filmstrips(objective, folder: Path, memory: str = "sink") -> None:
     dtype = objective.context.dtype
     backbone = type(objective.transformer)(objective.transformer.config).to(dtype)
     backbone.load_state_dict({name: whole(tensor) for name, tensor in objective.transformer.state_dict().items()})
-    film(assemble(backbone.eval(), objective.codec, objective.words, SETTINGS).with_memory(memory), folder)
+    film(assemble(backbone.eval(), objective.codec, objective.words, objective.settings).with_memory(memory), folder)
 
 
 def film(engine: Engine, folder: Path) -> None:
@@ -52,5 +33,4 @@ def film(engine: Engine, folder: Path) -> None:
         frames = [session.step().frames[0, 2::6][:2] for _ in range(len(prompts) * CHUNKS_PER_SHOT)]
         rows.append(torch.cat([frame for pair in frames for frame in pair], -1))
     sheet = torch.cat(rows, 1).permute(1, 2, 0).numpy()
-    image = Image.fromarray(sheet)
-    image.resize((image.width, image.height), Image.NEAREST).save(folder / "filmstrips.png")
+    Image.fromarray(sheet).save(folder / "filmstrips.png")

@@ -26,8 +26,7 @@ from slotmemory.codecs.words import WordEncoder
 from slotmemory.engine import Engine
 from slotmemory.models import assemble, load
 from slotmemory.training import loop
-from slotmemory.training.look import SETTINGS
-from slotmemory.training.pack import exported
+from slotmemory.training.pack import exported, settings_of
 from slotmemory.training.parallel import fixed, sharded
 from slotmemory.training.plan import imagine
 
@@ -185,8 +184,8 @@ class Undecoded:
 def open_engine(source: str, base: str | None, codec: str, device: torch.device) -> Engine:
     """Load what training starts from, in fp32: a model by name or folder, or the weights of a training run.
 
-    A run's weights go with the codec, text encoder and settings of the model `base`, or else with the run's own words, a
-    codec's file and the embedded model's settings. On the device `meta` a preset is shapes alone, and a run that does not
+    A run's weights go with the codec, text encoder and settings of the model `base`, or else with the run's own words and
+    settings (`pack.settings_of`) and a codec's file. On the device `meta` a preset is shapes alone, and a run that does not
     exist yet has the shapes of its base."""
     folder = Path(source)
     if device.type == "meta" and (source in PRESETS or (base in PRESETS and not folder.exists())):
@@ -201,7 +200,7 @@ def open_engine(source: str, base: str | None, codec: str, device: torch.device)
         )
     words = load_module(lambda values: WordEncoder(**values), exported(folder, "words"))
     video = PreviewCodec.load(codec).to(device).eval().requires_grad_(False)
-    return assemble(transformer, video, words.to(device).eval().requires_grad_(False), SETTINGS)
+    return assemble(transformer, video, words.to(device).eval().requires_grad_(False), settings_of(folder))
 
 
 def load_transformer(source: str, base: str | None, device: torch.device, part: str = "transformer") -> CausalWan:
