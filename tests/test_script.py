@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -259,10 +258,9 @@ def test_a_long_prompt_is_refused_with_the_limit(tmp_path):
 
 @pytest.mark.parametrize("suffix, limit", [(".yaml", "1 MB"), (".jsonl", "16 MB")])
 def test_a_huge_file_is_refused_without_being_parsed(tmp_path, suffix, limit):
-    start = time.monotonic()
-    message = complaint(tmp_path / f"a{suffix}", b"- prompt: " + b"a" * (17 << 20))
+    # neither YAML nor JSON: whoever parsed it would say so
+    message = complaint(tmp_path / f"a{suffix}", b"]: " + b"a" * (17 << 20))
     assert f"is larger than {limit}; a script has at most {MAX_SHOTS} shots, a prompt at most {MAX_PROMPT}" in message
-    assert time.monotonic() - start < 1
 
 
 def test_as_many_shots_as_the_limit_are_read():
