@@ -36,8 +36,8 @@ from slotmemory.backbones.compiled import compile_blocks
 from slotmemory.backbones.quantise import quantise
 from slotmemory.bench.machine import forget_peaks, matrix_rate, operations, peaks, percentile, synchronised
 from slotmemory.checkpoints.layouts import PUBLISHED
-from slotmemory.cli.dry_run import size as written
 from slotmemory.cli.fit import Forecast, advice, forecast
+from slotmemory.cli.measures import size as written
 from slotmemory.cli.prepare import DTYPES, dtype_for, find_device
 from slotmemory.config import parse_steps
 from slotmemory.engine import Engine

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from slotmemory.backbones import kernels
-from slotmemory.cli import fit
+from slotmemory.cli import disk, fit
+from slotmemory.errors import InputError
 from tests.cli.conftest import words_of
 
 MB = 10**6
@@ -28,7 +29,17 @@ def test_with_a_script_it_says_what_it_takes(slotmemory, model, script):
     done = slotmemory("doctor", script, "--model", model, "--memory", "sink", "-m", "window=6", "--dtype", "fp32")
     assert done.status == 0, done.err
     assert "5 chunks of 48x32, memory sink" in done.out and "it fits" in done.out
-    assert "72 tokens per layer in memory" in done.out and "saved state" in done.out  # 6 - 3 frames of 24 tokens
+    assert "72 tokens per layer in memory" in done.out  # 6 - 3 frames of 24 tokens
+    assert "of memory at the most" in done.out and "of them taken now" in done.out
+    assert "disk        about " in done.out and "--trial measures them); it fits here" in done.out
+
+
+def test_what_the_script_asks_for_is_forecast(slotmemory, model, script):
+    script.write_text(f"options: {{model: {model}, memory: none}}\n" + script.read_text())
+    plain, large = (slotmemory("doctor", script, "--scale", scale).out for scale in (2, 8))
+    assert "memory none" in plain and "0 tokens per layer" in plain
+    video = [float(out.split("(video ")[1].split()[0]) for out in (plain, large)]
+    assert video == pytest.approx([21, 336], rel=0.01)  # kB; 57 frames of 96x64 and 384x256
 
 
 def test_a_preset_that_is_not_here_is_forecast_and_not_fetched(slotmemory, script, monkeypatch, free):
@@ -47,9 +58,9 @@ def test_a_preset_that_is_not_here_is_forecast_and_not_fetched(slotmemory, scrip
 @pytest.mark.parametrize(
     "count, words, expected",
     [
-        (1, [], ["about 1 MB of memory and 1 bytes are free", "use a smaller picture", "--dtype bf16 halves it"]),
+        (1, [], ["about 51 MB of memory and 1 bytes are free", "use a smaller picture", "--dtype bf16 halves it"]),
         (
-            1_100_000,
+            fit.FIRST_USE + 1_100_000,
             ["--memory", "everything"],
             ["another memory, such as --memory sink --budget ", "or a device with"],
         ),
@@ -66,7 +77,7 @@ def test_a_job_that_cannot_fit_is_refused_before_anything_is_written(
 
 
 def test_the_budget_that_is_advised_does_fit(slotmemory, script, model, tmp_path, free):
-    free(1_050_000)
+    free(fit.FIRST_USE + 1_050_000)
     words = ["--memory", "sink", "-m", "window=12", "--dtype", "fp32"]
     advised = slotmemory(*words_of(script, model, "run", *words)).err.split("--budget ")[1].split()[0]
     done = slotmemory(*words_of(script, model, "run", *words, "--budget", advised))
@@ -81,9 +92,55 @@ def test_what_the_system_does_not_tell_refuses_nothing(slotmemory, script, model
 def test_an_accelerator_needs_room_for_its_driver_and_the_text_encoder(free):
     footprint = fit.Footprint({"weights": 3000 * MB, "memory": 1000 * MB}, 11000 * MB, 100, 10 * MB, 0)
     cpu, gpu = (fit.Forecast(footprint, torch.device(kind), 14600 * MB) for kind in ("cpu", "cuda"))
-    assert cpu.needed == 14000 * MB and cpu.fits
+    assert cpu.needed == 14000 * MB + fit.FIRST_USE and cpu.fits
     assert gpu.needed == 14000 * MB * 1.05 + 500 * MB and not gpu.fits
     assert "use --offload text" in fit.advice(gpu, torch.bfloat16)
+
+
+def test_what_rests_on_the_processor_needs_room_there():
+    footprint = fit.Footprint({"weights": 3000 * MB}, 0, 0, 10 * MB, 0, host=900 * MB)
+    short, enough = (
+        fit.Forecast(footprint, torch.device("cuda"), 80_000 * MB, resident=400 * MB, host_free=free)
+        for free in (700 * MB, 1000 * MB)
+    )
+    assert enough.fits and enough.process == 1350 * MB
+    with pytest.raises(
+        InputError, match="950 MB of the processor's memory beside cuda .* leave out --offload, or free 250"
+    ):
+        fit.refuse(short, torch.bfloat16)
+
+
+def test_mapped_files_count_in_what_the_process_holds_and_not_in_what_it_needs():
+    footprint = fit.Footprint({"weights": 100 * MB}, 0, 0, 10 * MB, 0)
+    found = fit.Forecast(footprint, torch.device("cpu"), 200 * MB, resident=300 * MB, reading=800 * MB)
+    assert found.process == 1150 * MB and found.needed == 150 * MB and found.fits
+    assert "800 MB of it while weights are read" in fit.told(found, torch.bfloat16)[-1]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_loaded(slotmemory, script, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "free_disk", lambda folder: 100_000)
+    monkeypatch.setattr("slotmemory.engine.Engine.from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    done = slotmemory(*words_of(script, model, "run"))
+    assert done.status == 2 and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    for text in ("of disk and 100 kB are free at run (video ", "or --out on a disk with "):
+        assert text in done.err
+    monkeypatch.setattr(disk, "free_disk", lambda folder: 300_000)
+    large = slotmemory(*words_of(script, model, "run", "--scale", "13"))
+    assert large.status == 2 and "--scale 12 writes a smaller video" in large.err
+    told = slotmemory("doctor", script, "--model", model)
+    assert told.status == 0 and "it does not fit here: " in told.out
+
+
+def test_what_a_run_holds_already_needs_no_room_again(tmp_path):
+    found = disk.Disk({"video": 1000, "state": 2000, "pictures": 400, "trace": 0}, beside=2000)
+    assert (found.total, found.least) == (3400, 4000 + 1400 // disk.CALMER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "free_disk", lambda folder: 3000)
+        with pytest.raises(InputError, match="a smaller --budget makes a smaller state"):
+            disk.refuse_disk(found, tmp_path / "run", 1)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "state.safetensors").write_bytes(bytes(2000))
+        disk.refuse_disk(found, tmp_path / "run", 1)
 
 
 # kernels

@@ -85,15 +85,21 @@ class Sources:
 
     def text_bytes(self) -> int:
         """Bytes of the text encoder's weights."""
-        parts = (
-            [self.text.parent / shard for shard in shards(self.text)] if self.text.name.endswith(INDEX) else [self.text]
-        )
-        return sum(path.stat().st_size for path in parts)
+        return _bytes_of(self.text)
+
+    def transformer_bytes(self) -> int:
+        """Bytes of the file or shards that hold the transformer."""
+        return _bytes_of(self.transformer)
 
     def fingerprint(self) -> str:
         """Name what decides the model's video: 16 digits for its weights and settings."""
         told = {"settings": self.settings, "part": self.part, "adapters": [[a.scale, a.merge] for a in self.loras]}
         return fingerprint(self.files(), json.dumps(told, sort_keys=True))
+
+
+def _bytes_of(path: Path) -> int:
+    parts = [path.parent / shard for shard in shards(path)] if path.name.endswith(INDEX) else [path]
+    return sum(part.stat().st_size for part in parts)
 
 
 def classify(files: Iterable[str], where: str) -> Parts:

@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 if TYPE_CHECKING:
-    import torch
-
-    from slotmemory.cli.fit import Forecast
+    from slotmemory.cli.disk import Disk
+    from slotmemory.cli.prepare import Plan
     from slotmemory.config import Generate
+    from slotmemory.script import Script
 
 OPTIONAL = ("diffusers", "transformers", "huggingface_hub", "ftfy", "torchao", "flash_attn")
 
 
 def doctor(
     script: Path | None = typer.Argument(None, help="A script: also say what it would take."),
-    model: str = typer.Option("tiny", help="A preset, folder, file of weights, or org/name of the Hub."),
-    memory: str = typer.Option("slots", help="The memory that the forecast is for."),
+    model: str | None = typer.Option(None, help="A preset, folder, file, or org/name of the Hub; default: tiny."),
+    memory: str | None = typer.Option(None, help="The memory that the forecast is for; default: slots."),
     argument: list[str] = typer.Option([], "-m", metavar="KEY=VALUE", help="An argument of the memory; repeatable."),
     budget: int | None = typer.Option(None, help="Tokens that a layer may read from memory."),
+    scale: int | None = typer.Option(None, help="As of `generate`: by how much the video is enlarged."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1; default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="fp32, bf16 or fp16; default: what the device is fast at."),
     quant: str | None = typer.Option(None, help="int8 or fp8: eight-bit weights in the transformer's blocks."),
     offload: str | None = typer.Option(None, help="text, codec or all: what rests on the processor beside a GPU."),
     kernel: str | None = typer.Option(None, help="Also try this attention kernel: flash_attn, flash_attn_3, flex ..."),
+    trial: bool = typer.Option(
+        False, "--trial", help="Also make a little of every shot, to measure how large the video gets."
+    ),
 ) -> None:
     """Print versions, device, attention kernels, free memory and the state of a model; with a script, what it takes."""
+    from slotmemory.cli.generate import resolve
     from slotmemory.config import generate_options, parse_arguments
     from slotmemory.errors import InputError
+    from slotmemory.script import load_script
 
-    values = {"model": model, "memory": memory, "budget": budget, "device": device, "dtype": dtype}
-    values |= {"quant": quant, "offload": offload, "kernel": kernel}
-    given = {name: value for name, value in values.items() if value is not None}
-    options = generate_options({**given, "arguments": parse_arguments(argument)})
+    flags = {"model": model, "memory": memory, "budget": budget, "scale": scale, "device": device, "dtype": dtype}
+    flags |= {"quant": quant, "offload": offload, "kernel": kernel}
+    arguments, told = parse_arguments(argument), None
+    if script is not None:
+        told = load_script(script)
+        options = resolve(told, flags, arguments)
+    else:
+        given = {name: value for name, value in flags.items() if value is not None}
+        options = generate_options({**given, "arguments": arguments})
     for name, value in _machine(options):
         _row(name, value)
     try:
-        for name, value in _model(options, script):
+        for name, value in _model(options):
             _row(name, value)
+        if told is not None:
+            for name, value in _job(options, told, told.title or script.name, trial):
+                _row(name, value)
     except InputError as error:
-        _row("model", f"{model}: not usable")
-        raise InputError(f"model '{model}': {error}") from error
+        _row("model", f"{options.model}: not usable")
+        raise InputError(f"model '{options.model}': {error}") from error
 
 
 def _row(name: str, value: str) -> None:
@@ -59,8 +73,8 @@ def _machine(options: Generate) -> list[tuple[str, str]]:
 
     from slotmemory import __version__
     from slotmemory.backbones import kernels
-    from slotmemory.cli.dry_run import size
     from slotmemory.cli.fit import free_bytes
+    from slotmemory.cli.measures import size
     from slotmemory.cli.prepare import DTYPES, dtype_for, find_device
     from slotmemory.run import git_commit
 
@@ -92,46 +106,62 @@ def _machine(options: Generate) -> list[tuple[str, str]]:
     ]
 
 
-def _model(options: Generate, path: Path | None) -> list[tuple[str, str]]:
-    """The model's state, and the forecast for a script."""
-    from slotmemory.cli.dry_run import size
-    from slotmemory.cli.prepare import DTYPES, dtype_for, find_device, on_shapes, plan
-    from slotmemory.script import load_script
+def _model(options: Generate) -> list[tuple[str, str]]:
+    """The state of a model's files."""
+    from slotmemory.cli.measures import size
+    from slotmemory.cli.prepare import DTYPES, dtype_for, find_device, on_shapes
 
     dtype = DTYPES[options.dtype or dtype_for(find_device(options.device))[0]]
     sources, missing, _ = on_shapes(options.model, dtype, options.quant, fetch=False)
     if sources is None:
         fetched = ", ".join(map(str, missing))
-        rows = [("model", f"{options.model}: not on this machine yet; its first use fetches {fetched}")]
-    else:
-        total = sum(file.stat().st_size for file in sources.files())
-        place, checksum = sources.transformer.parent, sources.fingerprint()
-        rows = [("model", f"{options.model}: {place}, {size(total)}, checksum {checksum}")]
-    if path is not None:
-        script = load_script(path)
-        rows += _forecast(plan(script, options, fetch=False), script.title or path.name)
-    return rows
+        return [("model", f"{options.model}: not on this machine yet; its first use fetches {fetched}")]
+    total = sum(file.stat().st_size for file in sources.files())
+    place, checksum = sources.transformer.parent, sources.fingerprint()
+    return [("model", f"{options.model}: {place}, {size(total)}, checksum {checksum}")]
 
 
-def _forecast(planned: Any, title: str) -> list[tuple[str, str]]:
-    from slotmemory.cli.dry_run import size
-    from slotmemory.cli.fit import advice
+def _job(options: Generate, script: Script, title: str, trial: bool) -> list[tuple[str, str]]:
+    """The forecast for a script; with a trial, where the model is here and fits."""
+    from slotmemory.cli.prepare import plan
+
+    planned = plan(script, options, fetch=False)
+    trial = trial and planned.sources is not None and planned.forecast.fits
+    return [
+        *_forecast(planned, title),
+        *_disk(planned, _tried(script, options, planned) if trial else planned.disk),
+    ]
+
+
+def _tried(script: Script, options: Generate, planned: Plan) -> Disk:
+    from slotmemory.cli.prepare import disk_after, prepare
+    from slotmemory.cli.trial import trial
+
+    return disk_after(trial(prepare(script, options)), planned, options)
+
+
+def _forecast(planned: Plan, title: str) -> list[tuple[str, str]]:
+    from slotmemory.cli.fit import told
     from slotmemory.cli.prepare import DTYPES
 
-    found: Forecast = planned.forecast
-    footprint, layout = found.footprint, planned.shapes.layout
-    dtype: torch.dtype = DTYPES[planned.dtype]
-    parts = ", ".join(f"{name} {size(count)}" for name, count in footprint.parts.items() if count)
-    text = f"; {size(footprint.text)} for the text encoder before it" if footprint.text else ""
-    verdict = "it fits" if found.fits else f"it does not fit: {advice(found, dtype)}"
-    if found.free is None:
-        verdict = "the system does not tell what is free"
+    layout = planned.shapes.layout
+    takes, *more = told(planned.forecast, DTYPES[planned.dtype])
+    chunks = f"{planned.schedule.chunks} chunks of {layout.width}x{layout.height}"
     return [
-        (
-            "script",
-            f"{title}: {planned.schedule.chunks} chunks of {layout.width}x{layout.height}, memory {planned.memory}",
-        ),
-        ("takes", f"about {size(found.needed)} on {found.device} ({parts}{text}); {verdict}"),
-        *([("", f"{size(found.host)} on the processor beside it ({found.resting})")] if found.host else []),
-        ("", f"{footprint.tokens} tokens per layer in memory; a saved state is {size(footprint.state)} on disk"),
+        ("script", f"{title}: {chunks}, memory {planned.memory}"),
+        ("takes", takes),
+        *(("", line) for line in more),
+        ("", f"{planned.forecast.footprint.tokens} tokens per layer in memory"),
     ]
+
+
+def _disk(planned: Plan, disk: Disk) -> list[tuple[str, str]]:
+    from slotmemory.cli.disk import advice, free_disk
+
+    free = free_disk(Path("."))
+    verdict = "it fits here"
+    if disk.least > free:
+        verdict = f"it does not fit here: {advice(disk, planned.scale)}"
+    elif disk.total + disk.beside > free:
+        verdict = "it may not fit here"
+    return [("disk", f"{disk}; {verdict}")]

@@ -64,7 +64,7 @@ def generate(
     compile: bool | None = typer.Option(None, "--compile/--no-compile", help="Compile the transformer's blocks."),
     kernel: str | None = typer.Option(None, help="Of attention: cudnn, flash, flash_attn, flash_attn_3, flex."),
     threads: int | None = typer.Option(None, help="Processor threads; default: one per core."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print schedule, memory and time; write nothing."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print schedule, memory, disk and time; write nothing."),
 ) -> None:
     """Make a video from a script, chunk by chunk, into a run folder."""
     from slotmemory.config import parse_arguments, parse_steps
@@ -86,13 +86,13 @@ def generate(
         "threads": threads,
     }
     told, title, source = _told(script, line, prompt, seconds, like)
-    options = _options(told, flags, parse_arguments(argument), source)
+    options = resolve(told, flags, parse_arguments(argument), source)
     if out is not None and not dry_run:
         _check_free(out)
 
     from slotmemory.cli.prepare import prepare
 
-    prepared = prepare(told, options)
+    prepared = prepare(told, options, folder=None if dry_run else out or Path("runs"))
     if source is not None:
         _warn_of_differences(source, prepared)
     if dry_run:
@@ -121,7 +121,7 @@ def resume(run: Path = typer.Argument(..., help="The folder of a run that was st
 
     with lock(opened.folder):  # a run that still goes on is told apart before anything is loaded
         pass
-    prepared = prepare(opened.script, options)
+    prepared = prepare(opened.script, options, folder=opened.folder)
     if done:
         typer.echo(f"{run} is finished already; nothing to do")
     else:
@@ -160,7 +160,8 @@ def _told(
     return script, script.title or path.stem, None
 
 
-def _options(script: Script, flags: dict[str, Any], arguments: dict[str, Any], source: Run | None) -> Generate:
+def resolve(script: Script, flags: dict[str, Any], arguments: dict[str, Any], source: Run | None = None) -> Generate:
+    """Options for a script: a flag that is not None wins, then the script or the run that is repeated, then defaults."""
     from slotmemory.config import generate_options
 
     flags = {name: value for name, value in flags.items() if value is not None}

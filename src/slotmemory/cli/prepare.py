@@ -13,7 +13,9 @@ import torch
 from slotmemory import memory as memories
 from slotmemory.checkpoints.hub import Address
 from slotmemory.checkpoints.sources import Sources, absent
+from slotmemory.cli.disk import TOKENS_PER_WORD, Disk, forecast_disk, refuse_disk
 from slotmemory.cli.fit import Forecast, forecast, refuse
+from slotmemory.cli.trial import Trial
 from slotmemory.codecs.umt5 import PUBLISHED_BYTES, UMT5
 from slotmemory.config import Argument, Generate, check_arguments, generate_options
 from slotmemory.engine import Engine
@@ -38,6 +40,7 @@ class Prepared:
     session: Session
     schedule: Schedule
     recipe: Mapping[str, Any]
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Plan:
     schedule: Schedule
     dtype: str
     forecast: Forecast
+    disk: Disk
+    scale: int  # of the video
 
 
 def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
@@ -72,19 +77,54 @@ def plan(script: Script, options: Generate, fetch: bool = True) -> Plan:
     shapes = _sized(script, shapes)
     arguments = {**memories.arguments(policy), **shapes.defaults_for(memory, dict(options.arguments))}
     schedule = script.schedule(shapes.layout)
-    text = 0
-    if device.type != "cpu" and sources is None:
-        text = PUBLISHED_BYTES
-    elif device.type != "cpu" and isinstance(shapes.text, UMT5):  # on the processor its weights stay in their file
-        known = all(shapes.text.knows(shot.prompt) for shot in script.shots)
-        text = 0 if known else sources.text_bytes()
+    new, encoder = _to_encode(script, sources, shapes)
+    text = 0 if device.type == "cpu" else encoder  # on the processor its weights stay in their file
     on_host, text = (text, 0) if "text" in parts_offloaded(offload) else (0, text)
+    reading = max(_reading(sources, shapes, device), encoder + (_transformer(shapes) if device.type == "cpu" else 0))
     found = _explained(
         memory,
         arguments,
-        lambda: forecast(shapes, memory, options.budget, arguments, schedule.chunks, device, text, on_host),
+        lambda: forecast(shapes, memory, options.budget, arguments, schedule.chunks, device, text, on_host, reading),
     )
-    return Plan(sources, missing, shapes, memory, arguments, schedule, dtype, found)
+    words = sum(len(prompt.split()) for prompt in new)
+    embeddings = int(words * TOKENS_PER_WORD) * shapes.modules[0].config.text_dim * torch.bfloat16.itemsize
+    scale = options.scale or _scale(shapes.layout)
+    disk = forecast_disk(shapes.layout, schedule, found.footprint, scale, options.save_every, embeddings)
+    return Plan(sources, missing, shapes, memory, arguments, schedule, dtype, found, disk, scale)
+
+
+def disk_after(tried: Trial, planned: Plan, options: Generate) -> Disk:
+    """Forecast a run's files by what a trial made of them."""
+    layout, footprint, embeddings = planned.shapes.layout, planned.forecast.footprint, planned.disk.parts["embeddings"]
+    return forecast_disk(layout, planned.schedule, footprint, planned.scale, options.save_every, embeddings, tried)
+
+
+def _to_encode(script: Script, sources: Sources | None, shapes: Engine) -> tuple[set[str], int]:
+    """Prompts that a large text encoder has yet to encode, and the bytes of its weights, 0 where there are none."""
+    prompts = {shot.prompt for shot in script.shots}
+    if sources is None:
+        return prompts, PUBLISHED_BYTES
+    if not isinstance(shapes.text, UMT5):  # the embedded model's words are weights like others
+        return set(), 0
+    new = {prompt for prompt in prompts if not shapes.text.knows(prompt)}
+    return new, sources.text_bytes() if new else 0
+
+
+def _transformer(shapes: Engine) -> int:
+    """Bytes of the transformer as it is read, before it is quantised."""
+    return sum(tensor.numel() for tensor in shapes.modules[0].parameters()) * shapes.dtype.itemsize
+
+
+def _reading(sources: Sources | None, shapes: Engine, device: torch.device) -> int:
+    """Most bytes on the processor while the transformer is read: the pages of its file that are touched, and beside them,
+    where it is to compute on the processor in numbers of another width than the file's, what is made of them."""
+    made = _transformer(shapes)
+    if sources is None:
+        return made
+    stored = sources.transformer_bytes()
+    other = not 0.75 < stored / made < 1.5  # a file may hold a little more than the transformer
+    touched = min(stored, made * torch.float32.itemsize // shapes.dtype.itemsize) if other else min(stored, made)
+    return touched + (made if other and device.type == "cpu" else 0)
 
 
 def on_shapes(
@@ -104,12 +144,16 @@ def on_shapes(
     return sources, [], load(sources.name, torch.device("meta"), dtype, quant, offload)
 
 
-def prepare(script: Script, options: Generate) -> Prepared:
-    """Load the model and open a session. Raises InputError for whatever cannot be had, before anything is written."""
+def prepare(script: Script, options: Generate, folder: Path | None = None) -> Prepared:
+    """Load the model and open a session. Raises InputError for whatever cannot be had, before anything is written.
+
+    folder: where a run will be written, whose disk has to have room; None: nothing will be."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     planned = plan(script, options)
     refuse(planned.forecast, DTYPES[planned.dtype])
+    if folder is not None:
+        refuse_disk(planned.disk, folder, planned.scale)
     device, memory, arguments = planned.forecast.device, planned.memory, planned.arguments
     dtype, model = DTYPES[planned.dtype], planned.sources.name  # a recipe is read from any working directory
     engine = Engine.from_pretrained(
@@ -136,7 +180,7 @@ def prepare(script: Script, options: Generate) -> Prepared:
         "budget": options.budget,
         "steps": list(sampler.steps) if isinstance(sampler, FewStep) else sampler.count,
         "seed": seed,
-        "scale": options.scale or _scale(engine.layout),
+        "scale": planned.scale,
         "save_every": options.save_every,
         "device": str(device),
         "dtype": planned.dtype,
@@ -150,7 +194,7 @@ def prepare(script: Script, options: Generate) -> Prepared:
     found = {"tokens": engine.memory.budget, "weights": weights, "torch": str(torch.__version__)}
     session = engine.session(script, seed)
     options = generate_options(resolved)
-    return Prepared(script, options, engine, session, planned.schedule, {**resolved, **found})
+    return Prepared(script, options, engine, session, planned.schedule, {**resolved, **found}, planned)
 
 
 def find_device(name: str | None) -> torch.device:

@@ -132,7 +132,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 def draw(run: Run, schedule: Schedule) -> None:
     """Draw filmstrip and timeline from the run's video and trace."""
-    shots = _spread(len(schedule.script.shots), MAX_PICTURED)
+    shots = spread(len(schedule.script.shots), MAX_PICTURED)
     spans = []  # per shot its chunks and its pixel frames
     for shot in shots:
         chunks = schedule.chunks_of(shot)
@@ -154,7 +154,7 @@ def draw(run: Run, schedule: Schedule) -> None:
     timeline(run.records(), run.timeline, middles)
 
 
-def _spread(count: int, most: int) -> list[int]:
+def spread(count: int, most: int) -> list[int]:
     """Numbers below `count`, all or `most` of them evenly spread, the first and last among them."""
     if count <= most:
         return list(range(count))
