@@ -30,8 +30,10 @@ from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.evaluation import returning
 from slotmemory.evaluation.reader import Reader, Reading
+from slotmemory.evaluation.results import Lines, shown, table
 from slotmemory.evaluation.returning import Interval, ReturnScript, Score
 from slotmemory.pictures import filmstrip
+from slotmemory.run import finite
 from slotmemory.world.clock import chunk_frames
 from slotmemory.world.narrative import Narrative
 
@@ -102,38 +104,18 @@ def render(engine: Engine, script: ReturnScript, seeds: Sequence[int]) -> Made:
 # results on disk
 
 
-class Results:
-    """The lines made so far, in a folder that belongs to one setting."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / "results.jsonl"
-        known = folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != settings:
-            raise InputError(
-                f"{folder} holds results of {known.read_text()}; those asked for are {settings}; use another --out"
-            )
-        known.write_text(json.dumps(settings))
-        self.lines: list[dict[str, Any]] = []
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    self.lines.append(json.loads(line))
-                except json.JSONDecodeError:  # half a line, written when the run was stopped
-                    continue
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+class Results(Lines):
+    """Lines of readings, and a picture of each."""
 
     def has(self, memory: str, script: int) -> bool:
-        return any(line["memory"] == memory and line["script"] == script for line in self.lines)
+        return bool(self.of(memory=memory, script=script))
 
     def add(self, line: dict[str, Any], made: Made) -> None:
         picture = self.picture(line["memory"], line["script"])
         picture.parent.mkdir(parents=True, exist_ok=True)
         pair = torch.cat([frames[0, frames.shape[1] // 2] for frames in (made.first, made.back)], 1)
         Image.fromarray(pair.permute(1, 2, 0).numpy()).save(picture)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.lines.append(line)
+        super().add(line)
 
     def picture(self, memory: str, script: int) -> Path:
         return self.folder / "frames" / memory.replace("/", "_") / f"{script:03d}.png"
@@ -204,15 +186,15 @@ def report(results: Results, scripts: Sequence[ReturnScript], memories: Sequence
         "(pattern, accessory, hue in degrees) and *itself* (all five right): against its own first appearance, over "
         "the scripts in which that is readable. *By chance*: against first appearances of other scripts of the same "
         f"memory; for even draws it would be 25 %, 25 % and {nominal:.1f} degrees.",
-        _table(["memory", "tokens", "readable", *COLUMNS, "hue error"], rows),
+        table(["memory", "tokens", "readable", *COLUMNS, "hue error"], rows),
         "## Itself, and hue error, by seconds away",
-        _table(["memory", *spans, *(f"hue {span}" for span in spans)], gap_rows),
+        table(["memory", *spans, *(f"hue {span}" for span in spans)], gap_rows),
     ]
     if difference_rows:
         text += [
             f"## Minus `{reference}`, the same scripts and noise",
             "Points, and degrees of hue; *scripts*: those whose first appearance is readable with both.",
-            _table(["memory", "scripts", *COLUMNS, "hue error"], difference_rows),
+            table(["memory", "scripts", *COLUMNS, "hue error"], difference_rows),
         ]
     return "\n\n".join(text) + "\n", numbers
 
@@ -222,25 +204,11 @@ def _known(value: float, form: str) -> str:
 
 
 def _percent(x: Interval, form: str = ".0f") -> str:
-    return "-" if math.isnan(x.mean) else f"{100 * x.mean:{form}} ({100 * x.low:{form}} to {100 * x.high:{form}})"
+    return shown(x, form, 100)
 
 
 def _degrees(x: Interval, form: str = ".1f") -> str:
-    return "-" if math.isnan(x.mean) else f"{x.mean:{form}} ({x.low:{form}} to {x.high:{form}})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def _finite(tree: Any) -> Any:
-    """JSON has no NaN: what could not be measured becomes null."""
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and math.isnan(tree) else tree
+    return shown(x, form)
 
 
 def draw_filmstrip(results: Results, scripts: Sequence[ReturnScript], memories: Sequence[str], count: int) -> None:
@@ -297,7 +265,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     text, numbers = report(results, scripts, memories)
     (results.folder / "report.md").write_text(text)
-    (results.folder / "report.json").write_text(json.dumps(_finite({"settings": settings, **numbers}), indent=1))
+    (results.folder / "report.json").write_text(json.dumps(finite({"settings": settings, **numbers}), indent=1))
     draw_filmstrip(results, scripts, memories, arguments.strips)
     print(f"\n{text}\n{results.folder}/report.md, report.json, filmstrip.png")
 

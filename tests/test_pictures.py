@@ -37,6 +37,16 @@ def test_frames_of_a_shot_follow_downwards(tmp_path):
     assert where(tmp_path / "f.png", RED)[0].max() < where(tmp_path / "f.png", BLUE)[0].min()
 
 
+def test_labels_stand_to_the_left_of_their_frames(tmp_path):
+    shot = np.concatenate([plain(RED, 1).numpy(), plain(BLUE, 1).numpy()])
+    filmstrip([shot, shot], ["0:00\na", "0:01\nb"], tmp_path / "f.png", frame_width=160, labels=["above", "below"])
+    dark = (np.asarray(Image.open(tmp_path / "f.png")) < 100).all(-1)
+    for colour in (RED, BLUE):
+        rows, columns = where(tmp_path / "f.png", colour)
+        assert len(rows) == 2 * 160 * 96
+        assert dark[rows.min() : rows.max(), : columns.min()].any()
+
+
 def test_eight_shots_make_two_rows_and_each_is_enlarged(tmp_path):
     filmstrip([plain(RED, 1)] * 8, ["0:00\nwords " * 3] * 8, tmp_path / "f.png", frame_width=160)
     rows, columns = where(tmp_path / "f.png", RED)

@@ -65,10 +65,12 @@ def filmstrip(
     path: str | Path,
     columns: int | None = None,
     frame_width: int = 400,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write shots side by side as a PNG, each with its frames downwards in time order and its caption below.
 
-    shots: per shot uint8 RGB [T, 3, H, W]; captions: see `caption`. Rows hold 3 to 5 shots unless columns is given."""
+    shots: per shot uint8 RGB [T, 3, H, W]; captions: see `caption`. Rows hold 3 to 5 shots unless columns is given.
+    labels: words to the left of a row's first, second ... frames, where these are not times of one video."""
     if not shots or len(shots) != len(captions):
         raise ValueError(f"{len(shots)} shots and {len(captions)} captions; expected as many, at least one")
     columns = columns or _columns(len(shots))
@@ -85,15 +87,19 @@ def filmstrip(
         rows.append((members, pictures, max(len(lines[i][1]) for i in members)))
     line = round(text * 1.32)
     heights = [pictures + round(text * 0.6) + line + wrapped * line for _, pictures, wrapped in rows]
-    width = 2 * margin + columns * frame_width + (columns - 1) * gap
+    labels = [_fit(label, plain, frame_width) for label in labels]
+    side = max((round(plain.getlength(label)) + gap for label in labels), default=0)
+    width = 2 * margin + side + columns * frame_width + (columns - 1) * gap
     canvas = Image.new("RGB", (width, 2 * margin + sum(heights) + gap * (len(rows) - 1)), "white")
     draw = ImageDraw.Draw(canvas)
     top = margin
     for (members, pictures, _), height in zip(rows, heights):
         for column, index in enumerate(members):
-            left, y = margin + column * (frame_width + gap), top
-            for image in images[index]:
+            left, y = margin + side + column * (frame_width + gap), top
+            for row, image in enumerate(images[index]):
                 canvas.paste(image, (left, y))
+                if column == 0 and row < len(labels):
+                    draw.text((margin, y + image.height // 2), labels[row], font=plain, fill=_INK, anchor="lm")
                 y += image.height + between
             y = top + pictures + round(text * 0.6)
             time, words = lines[index]

@@ -110,7 +110,7 @@ class Run:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one chunk's record to trace.jsonl; numbers that are not finite become null."""
-        line = json.dumps(_finite(record), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(finite(record), separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
         try:
             if self._trace is None:
                 self._trace = open(self.trace, "ab", buffering=0)
@@ -210,7 +210,7 @@ class Run:
         """Write status.json: one of STATUSES, the chunks made, and plain values such as total or message."""
         assert status in STATUSES, status
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self.status = {"status": status, "chunks": chunks, "updated": now, **_finite(more)}
+        self.status = {"status": status, "chunks": chunks, "updated": now, **finite(more)}
         with atomic_file(self.folder / "status.json") as file:
             file.write(json.dumps(self.status, indent=2).encode() + b"\n")
 
@@ -289,12 +289,12 @@ def _read_status(folder: Path) -> dict[str, Any]:
     return status
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A copy that JSON can hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
