@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from slotmemory.training.recipe import dump_recipe, load_recipe, objectives, parse_recipe
+from slotmemory.training.recipe import dump_recipe, find_objective, load_recipe, objectives, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "train"
 
@@ -71,3 +71,19 @@ def test_objectives_are_found_by_file_name():
 
 def test_the_codec_recipe_that_ships_is_valid():
     assert load_recipe(RECIPES / "tiny" / "codec.yaml").objective == "codec"
+
+
+def test_objectives_that_draw_from_a_pool_tell_it_alike_and_refuse_an_empty_one():
+    told, drawing = {"seconds": set(), "pool": set(), "refresh": set()}, 0
+    for name in objectives():
+        model = find_objective(name).Options
+        drawing += "pool" in model.model_fields
+        for option in told.keys() & model.model_fields:
+            told[option].add(model.model_fields[option].description)
+            with pytest.raises(ValueError, match=f"{option}: Input should be greater than .*got 0"):
+                parse_recipe({"objective": name, "steps": 1, "options": {option: 0, **needed(model)}})
+    assert drawing > 5 and all(len(descriptions) == 1 for descriptions in told.values())
+
+
+def needed(model):
+    return {name: "x" for name, field in model.model_fields.items() if field.is_required()}

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from slotmemory.codecs.base import num_latents, to_float, to_uint8
 from slotmemory.codecs.preview import SPACE_STRIDE, TIME_STRIDE, PreviewCodec, PreviewConfig
 from slotmemory.training import loop
-from slotmemory.training.narratives import HELD_OUT, Pool
+from slotmemory.training.narratives import HELD_OUT, Pool, PoolSize, Refresh, Seconds
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import chunk_frames
 from slotmemory.world.narrative import Narrative
@@ -53,9 +53,9 @@ class Options(Frozen):
     data: Literal["narrative", "toy"] = "narrative"
     frames: int = Field(13, ge=1, description="pixel frames per clip, 4 n + 1")
     crop: int = Field(80, ge=8, description="pixels of a clip's width: entities are nearly as tall as the picture")
-    seconds: float = Field(16.0, gt=0, description="length of the narratives that clips are cut from")
-    pool: int = Field(48, ge=1, description="rendered narratives kept per process")
-    refresh: int = Field(10, ge=1, description="steps after which one of them is replaced")
+    seconds: Seconds = 16.0
+    pool: PoolSize = 48
+    refresh: Refresh = 10
     at_cuts: float = Field(0.1, ge=0, le=1, description="share of clips with a change of shot inside")
     still: float = Field(0.05, ge=0, le=1, description="share of clips that repeat one frame")
     entity_weight: float = Field(4.0, ge=1, description="weight of entity pixels against background pixels")

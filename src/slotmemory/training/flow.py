@@ -28,7 +28,7 @@ from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
 from slotmemory.sampler import FlowSchedule, add_noise, flow_to_x0
 from slotmemory.training import loop
-from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
+from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, PoolSize, Refresh, Seconds, encode
 from slotmemory.training.pack import EMBEDDED, settings_of
 from slotmemory.training.recipe import Frozen
 from slotmemory.training.shown import Probe, probe_loss
@@ -54,9 +54,9 @@ class Options(Frozen):
     text_dim: int = 128
     text_len: int = 12
     patch: int = Field(2, description="latent cells of a token, each way")
-    seconds: float = Field(24.0, description="length of a narrative")
-    pool: int = Field(64, description="narratives kept per process")
-    refresh: int = Field(2, description="steps after which one of them is replaced")
+    seconds: Seconds = 24.0
+    pool: PoolSize = 64
+    refresh: Refresh = 2
     run: int = Field(5, description="consecutive chunks of a clip")
     copies: int = Field(2, description="noisy copies of a run")
     past: int = Field(2, description="past chunks that a chunk sees")

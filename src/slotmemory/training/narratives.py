@@ -6,9 +6,11 @@ the set at a step a function of the step, so a resumed run sees what an uninterr
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from slotmemory.codecs.base import to_float
@@ -18,6 +20,11 @@ from slotmemory.world.narrative import Narrative
 
 HELD_OUT = 2**31  # validation narratives have seeds from here on; a pool's are below
 CELL_SHARE = 0.15  # a cell belongs to an entity that covers at least this share of its pixels
+
+# options `seconds`, `pool` and `refresh` of every objective that draws from a pool, each with defaults of its own
+Seconds = Annotated[float, Field(gt=0, description="length of a narrative")]
+PoolSize = Annotated[int, Field(ge=1, description="narratives, or what is made of them, kept per process")]
+Refresh = Annotated[int, Field(ge=1, description="steps after which one of them is replaced")]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from slotmemory.errors import InputError
 from slotmemory.memory import Memory
 from slotmemory.sampler import Draw, FlowSchedule, Predict, add_noise
 from slotmemory.training import loop
-from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
+from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, PoolSize, Refresh, Seconds, encode
 from slotmemory.training.plan import Work
 from slotmemory.training.rollout import Rollout, engine_for, mean_of
 from slotmemory.training.student import Student, StudentOptions
@@ -57,9 +57,9 @@ class Options(StudentOptions):
     returns: float = Field(0.7, ge=0, le=1, description="share of clips in which an entity returns as asking begins")
     away: int = Field(2, ge=1, description="chunks for which it was out of sight, at least")
     entity_weight: float = Field(3.0, ge=1, description="weight of the loss where entities are")
-    seconds: float = Field(24.0, gt=0, description="length of a narrative")
-    pool: int = Field(16, ge=1, description="narratives kept per process")
-    refresh: int = Field(2, ge=1, description="steps after which one of them is replaced")
+    seconds: Seconds = 24.0
+    pool: PoolSize = 16
+    refresh: Refresh = 2
     held_out: int = Field(8, ge=1, description="returns that are measured")
 
 

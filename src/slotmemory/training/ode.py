@@ -23,7 +23,7 @@ from torch import Tensor
 from slotmemory.backbones.guided import Guided
 from slotmemory.sampler import Draw, Euler, FlowSchedule, Predict, euler_step, flow_to_x0
 from slotmemory.training import loop
-from slotmemory.training.narratives import Pool
+from slotmemory.training.narratives import Pool, PoolSize, Refresh
 from slotmemory.training.plan import Work
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Rollout, engine_for
@@ -37,8 +37,8 @@ class Options(StudentOptions):
     """How the teacher's trajectories are made and kept."""
 
     teacher_steps: int = Field(48, ge=1, description="Euler steps of the teacher")
-    pool: int = Field(16, ge=1, description="clips kept per process")
-    refresh: int = Field(10, ge=1, description="steps after which one of them is replaced")
+    pool: PoolSize = 16
+    refresh: Refresh = 10
     pairs: str | None = Field(None, description="a folder that keeps the teacher's trajectories")
     compat: tuple[Literal["mislabelled"], ...] = Field(
         (), description="pairs made at shift 8, told as the sampler's levels"

@@ -40,7 +40,7 @@ from slotmemory.models import load
 from slotmemory.sampler import add_noise
 from slotmemory.training import loop
 from slotmemory.training.codec import psnr
-from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, encode
+from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, PoolSize, Refresh, Seconds, encode
 from slotmemory.training.recipe import Frozen
 from slotmemory.training.videos import Shown, Videos
 from slotmemory.world.narrative import Narrative
@@ -65,9 +65,9 @@ class Options(Frozen):
     span: int = 8
     branches: Literal["both", "low", "high"] = "both"
     on: str = Field("world", description="the narrative world, or a folder of videos, some of which are only measured")
-    seconds: float = Field(24.0, gt=0, description="length of a narrative")
-    pool: int = Field(32, ge=1, description="narratives kept per process")
-    refresh: int = Field(2, ge=1, description="steps after which one of them is replaced")
+    seconds: Seconds = 24.0
+    pool: PoolSize = 32
+    refresh: Refresh = 2
     frames: int = Field(24, ge=6, description="latent frames of a clip")
     queries: int = Field(2, ge=1, description="runs asked for per clip")
     run: int = Field(3, ge=1, description="latent frames of a run")

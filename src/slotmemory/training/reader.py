@@ -21,7 +21,7 @@ from slotmemory.codecs.base import num_latents, to_float, to_uint8
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.evaluation.reader import ANSWERS, NOBODY, ONE, SEVERAL, Reader, Seen
 from slotmemory.training import loop
-from slotmemory.training.narratives import HELD_OUT, Pool
+from slotmemory.training.narratives import HELD_OUT, Pool, PoolSize, Refresh
 from slotmemory.training.recipe import Frozen
 from slotmemory.world.clock import FRAMES_PER_CHUNK, chunk_frames
 from slotmemory.world.entities import Entity
@@ -43,8 +43,8 @@ class Options(Frozen):
     frames: int = Field(9, ge=5, le=FRAMES_PER_CHUNK, description="pixel frames of a clip, 4 n + 1")
     every: int = Field(2, ge=1, description="of which every so many are kept")
     clips: int = Field(8, ge=1, description="clips of a reel")
-    pool: int = Field(48, ge=1, description="reels kept")
-    refresh: int = Field(3, ge=1, description="steps after which one of them is replaced")
+    pool: PoolSize = 48
+    refresh: Refresh = 3
     empty: float = Field(0.08, ge=0, le=1, description="share of clips that show nobody")
     pairs: float = Field(0.12, ge=0, le=1, description="share of clips that show two")
     entrance: float = Field(0.3, ge=0, le=1, description="share of clips of one in which it comes, or another leaves")

@@ -21,7 +21,7 @@ from slotmemory.memory import State, Written
 from slotmemory.session import Session
 from slotmemory.training import loop
 from slotmemory.training.lessons import LessonOptions, Lessons, slot_arguments
-from slotmemory.training.narratives import Encoded, Pool, encode
+from slotmemory.training.narratives import Encoded, Pool, PoolSize, Refresh, Seconds, encode
 from slotmemory.training.policies import InTraining
 from slotmemory.training.prompts import together
 from slotmemory.training.rollout import Rollout, mean_of
@@ -36,9 +36,9 @@ class Options(StudentOptions, LessonOptions):
 
     memory: Literal["slots"] = "slots"
     on: str = Field("world", description="the narrative world, the model's own streams, or a folder of videos")
-    seconds: float = Field(24.0, gt=0, description="length of a narrative")
-    pool: int = Field(16, ge=1, description="narratives or clips of videos kept per process")
-    refresh: int = Field(5, ge=1, description="steps after which one of them is replaced")
+    seconds: Seconds = 24.0
+    pool: PoolSize = 16
+    refresh: Refresh = 5
     record: bool = Field(False, description="keep each one's features in memory, so that a step costs slots alone")
 
     @model_validator(mode="after")
