@@ -1,12 +1,14 @@
 """The codec objective on small networks: its parts, and one short training."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from slotmemory.codecs.preview import PreviewCodec
+from slotmemory.errors import InputError
 from slotmemory.training import loop
 from slotmemory.training.codec import (
     NarrativeClips,
@@ -20,7 +22,7 @@ from slotmemory.training.codec import (
 )
 from slotmemory.training.loop import train
 from slotmemory.training.narratives import HELD_OUT
-from slotmemory.training.recipe import parse_recipe
+from slotmemory.training.recipe import load_recipe, parse_recipe
 
 SIZES = {
     "latent_channels": 4,
@@ -122,6 +124,13 @@ def test_boxes_enclose_each_frames_entities():
     expected[0, 1:4, 2:5] = True
     assert torch.equal(in_boxes(masks), expected)
     assert psnr(torch.tensor(0.04)) == pytest.approx(20)
+
+
+def test_a_decoder_alone_is_refused_without_the_codec_that_it_goes_on_with():
+    recipe = Path(__file__).parents[2] / "recipes" / "train" / "tiny" / "codec.yaml"
+    with pytest.raises(InputError, match="codec.yaml: options.part=decoder without init .*name the codec that goes on, such as init="):
+        load_recipe(recipe, ["options.part=decoder"])
+    assert load_recipe(recipe, ["options.part=decoder", "init=runs/tiny-codec"]).options.part == "decoder"
 
 
 def test_a_decoder_learns_alone_and_the_latents_stay_what_they_are(run, tmp_path):

@@ -23,7 +23,7 @@ from slotmemory.codecs.base import num_latents, to_float, to_uint8
 from slotmemory.codecs.preview import SPACE_STRIDE, TIME_STRIDE, PreviewCodec, PreviewConfig
 from slotmemory.training import loop
 from slotmemory.training.narratives import HELD_OUT, Pool, PoolSize, Refresh, Seconds
-from slotmemory.training.recipe import Frozen
+from slotmemory.training.recipe import Frozen, Recipe
 from slotmemory.world.clock import chunk_frames
 from slotmemory.world.narrative import Narrative
 
@@ -71,6 +71,13 @@ class Options(Frozen):
     held_out: int = Field(16, ge=1, description="narratives of the validation")
     calibration_clips: int = Field(32, ge=1, description="clips behind the codec's start")
     statistics_clips: int = Field(256, ge=1, description="clips behind the exported latent statistics")
+
+    def check(self, recipe: Recipe) -> None:
+        if self.part == "decoder" and recipe.init is None:
+            raise ValueError(
+                "options.part=decoder without init would fit a decoder to an encoder that knows nothing; name the codec "
+                "that goes on, such as init=src/slotmemory/assets/tiny or a run's folder"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise ValueError where the rest of the recipe contradicts this part; an objective's `Options` are asked."""
+
 
 class Optimizer(Frozen):
     """AdamW everywhere, or Muon for the matrices an objective names (all 2-D weights by default) if `muon` is set."""
@@ -81,6 +84,8 @@ class Recipe(Frozen):
             raise ValueError(f"batch={self.batch} does not divide among {told}")
         if self.optimizer.decay_by == "minutes" and self.max_minutes is None:
             raise ValueError("optimizer.decay_by=minutes needs max_minutes")
+        if isinstance(self.options, Frozen):
+            self.options.check(self)
         return self
 
     @property
@@ -175,7 +180,7 @@ def validate(model: type[BaseModel], values: Any, source: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         given = f", got {shorten(first['input'])}" if key and first["type"] != "missing" else ""
-        raise InputError(f"{source}: {key + ': ' if key else ''}{first['msg']}{given}") from None
+        raise InputError(f"{source}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}") from None
 
 
 def check_keys(model: type[BaseModel], values: Any, source: str) -> None:
