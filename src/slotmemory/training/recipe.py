@@ -180,7 +180,8 @@ def validate(model: type[BaseModel], values: Any, source: str) -> Any:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         given = f", got {shorten(first['input'])}" if key and first["type"] != "missing" else ""
-        raise InputError(f"{source}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}") from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source}: {key + ': ' if key else ''}{said}{given}") from None
 
 
 def check_keys(model: type[BaseModel], values: Any, source: str) -> None:
