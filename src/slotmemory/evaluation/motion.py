@@ -21,7 +21,7 @@ from slotmemory.errors import InputError
 from slotmemory.world.clock import FPS, LATENTS_PER_CHUNK, chunk_frames, latent_frames
 
 ROWS = 24  # of blocks in a frame: 4 x 4 pixels of the embedded model's
-CHANGE = 0.02  # of full scale, mean over a block and its colours, from which on the block has moved
+CHANGE = 0.045  # of full scale, mean over a block and its colours, from which it has moved: what the codec adds is less
 LIVELY = 0.002  # share of blocks moving, from which on something moves: 2 of 960
 FROZEN = 0.1  # of the world's motion, below which a second is frozen
 
