@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slotmemory.slots import contrast, pair_weight, reconstruction
+from slotmemory.slots.losses import feature_error
 from slotmemory.slots.measure import coverage, dead_share, mass, present, sharpness, usage_entropy
 
 
@@ -204,3 +205,21 @@ def test_one_slot_that_holds_everything_leaves_the_others_dead():
     assert usage_entropy(single) == 0 and dead_share(single) == 0.75
     assert sharpness(single) == 1 and coverage(single) == 1
     assert usage_entropy(torch.ones(1, 10)) == 0
+
+
+def test_features_told_by_slots_by_hand():
+    # (3, 1) and (0, 4) are (1, -1) and (-1, 1) once they have mean 0 and deviation 1; scaling them changes nothing
+    features = torch.tensor([[3.0, 1.0], [0.0, 4.0]])
+    decoded = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    sure = torch.eye(2)  # token i belongs to slot i
+    assert feature_error(decoded, sure, features).item() == pytest.approx((0 + 0 + 1 + 1) / 4, abs=1e-4)
+    assert feature_error(decoded, sure, 10 * features).item() == pytest.approx(0.5, abs=1e-4)
+    torn = torch.full((2, 2), 0.5)  # half of each: (1/2, -1/2) for both tokens
+    assert feature_error(decoded, torn, features).item() == pytest.approx((0.25 * 2 + 2.25 * 2) / 4, abs=1e-4)
+
+
+def test_features_are_a_fixed_target_and_teach_slots_and_assignment():
+    decoded, features = torch.randn(3, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    logits = torch.randn(3, 7, requires_grad=True)
+    feature_error(decoded, logits.softmax(0), features).backward()
+    assert features.grad is None and decoded.grad.abs().sum() > 0 and logits.grad.abs().sum() > 0

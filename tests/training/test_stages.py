@@ -29,7 +29,7 @@ STAGES = {
         "threshold": 0.2,
         "queue": 12,
     },
-    "slots": {**STREAM, "stage": 2, "threshold": 0.3, "queue": 12, "memory_gradients": "exit_step"},
+    "slots": {**STREAM, "stage": 2, "threshold": 0.3, "features": 1, "queue": 12, "memory_gradients": "exit_step"},
 }
 
 
@@ -170,3 +170,14 @@ def test_recorded_features_teach_slots_what_the_videos_themselves_teach(other, t
 def test_what_the_model_makes_anew_in_every_step_cannot_be_recorded(micro, other):
     with pytest.raises(InputError, match="use on=world"):
         recipe("slots_warm_up", micro, other, options={"on": "own", "record": True})
+
+
+def test_slots_that_tell_features_are_taught_by_a_decoder_that_stays_behind(micro, other, tmp_path):
+    for features in (0, 10):
+        train(recipe("slots_warm_up", micro, other, steps=1, options={"features": features}), tmp_path / str(features))
+    plain, told = (curve(tmp_path / str(features))[0] for features in (0, 10))
+    assert "slot_features" not in plain and told["slot_features"] > 0
+    exported = {path.name for path in (tmp_path / "10" / "weights").glob("slot_decoder*")}
+    assert exported and not any(
+        "decoder" in name for name in load_file(tmp_path / "10/weights/memory.slots.safetensors")
+    )

@@ -258,7 +258,8 @@ class Slots(Sink):
         -> the slots, and what there is to learn from them; `write` does this, and trainings on features alone."""
         tokens = torch.stack([self.adapters.one(layer, x) for layer, x in enumerate(hidden)])
         bound = self._bind(running, tokens)
-        return bound, Lesson(bound.slots, bound.assignment, tokens, running, mass, switched)
+        kept = list(hidden) if self.learning.decode else None
+        return bound, Lesson(bound.slots, bound.assignment, tokens, running, mass, switched, kept)
 
     def _bind(self, running: Tensor | None, tokens: Tensor) -> Merged:
         """Bind tokens [L, B, N, C] to slots; duplicates are merged if asked."""

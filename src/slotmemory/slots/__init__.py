@@ -1,6 +1,6 @@
 """Slots: bind the tokens of a chunk to entities, carry them over time, and choose the tokens that stand for them."""
 
-from slotmemory.slots.adapter import Adapter, LayerAdapters
+from slotmemory.slots.adapter import Adapter, LayerAdapters, LayerDecoders
 from slotmemory.slots.attention import Grouper, Grouping, LearnedInit, Predictor, RandomInit, SlotAttention
 from slotmemory.slots.checkpoint import load_slotcontrast
 from slotmemory.slots.losses import contrast, pair_weight, reconstruction
@@ -11,6 +11,7 @@ __all__ = [
     "Grouper",
     "Grouping",
     "LayerAdapters",
+    "LayerDecoders",
     "LearnedInit",
     "Predictor",
     "RandomInit",

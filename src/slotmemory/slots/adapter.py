@@ -1,4 +1,4 @@
-"""Map a layer's token features into the slot space: LayerNorm and Linear, one pair per layer.
+"""Map a layer's token features into the slot space, LayerNorm and Linear, one pair per layer; and slots back to features.
 
 It does not know where the features come from. SlotMemory (arXiv 2605.31033) leaves the form open; this small one is
 ours, as a two-layer head per layer would add more weights than the rest of the memory together.
@@ -52,3 +52,19 @@ class LayerAdapters(FullPrecision):
         """features [..., W] of one layer -> tokens [..., C], so that nobody has to hold the features of all layers."""
         normed = F.layer_norm(features, features.shape[-1:], self.norm_weight[layer], self.norm_bias[layer])
         return F.linear(normed, self.weight[layer], self.bias[layer])
+
+
+class LayerDecoders(FullPrecision):
+    """Slots back to features, one Linear per layer; it only helps to train slots."""
+
+    def __init__(self, num_layers: int, dim: int, width: int) -> None:
+        super().__init__()
+        single = [nn.Linear(dim, width) for _ in range(num_layers)]
+        self.weight = nn.Parameter(torch.stack([a.weight.detach() for a in single]))  # [L, W, C]
+        self.bias = nn.Parameter(torch.stack([a.bias.detach() for a in single]))  # [L, W]
+
+    @full_precision
+    def forward(self, slots: Tensor) -> Tensor:
+        """slots [L, B, S, C] -> features [L, B, S, W]."""
+        flat = torch.baddbmm(self.bias[:, None], slots.flatten(1, 2), self.weight.mT)
+        return flat.unflatten(1, slots.shape[1:3])

@@ -8,14 +8,14 @@ Shapes: L layers, B rows, S slots, N tokens, C slot width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slotmemory.slots import measure
-from slotmemory.slots.losses import Direction, contrast, pair_weight, reconstruction
+from slotmemory.slots.losses import Direction, contrast, feature_error, pair_weight, reconstruction
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Learning:
     (SlotContrast), "sym" both; across: weight of a pair that a prompt switch parts; detach_earlier: cut the earlier
     chunk's slots; alpha, threshold: weight of the reconstruction and the confidence above which a token counts in it;
     negatives [L, M, C]: slots of other streams to keep away from; gather: lays what all processes have [L, N, ...] side
-    by side [L, P N, ...], with gradients, so that the streams of all are contrasted together.
+    by side [L, P N, ...], with gradients, so that the streams of all are contrasted together; decode, features: what makes
+    features [L, B, S, W] of slots, and the weight of their error, which is beyond the paper.
     """
 
     reconstruct: bool = False
@@ -38,12 +39,15 @@ class Learning:
     threshold: float = 0.5
     negatives: Tensor | None = None
     gather: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    features: float = 0.0
 
 
 @dataclass(frozen=True)
 class Lesson:
     """One chunk: tokens [L, B, N, C], bound to slots [L, B, S, C] by assignment [L, B, S, N]; earlier: the slots of the
-    chunk before and their mass [L, B, S], None in a stream's first chunk; switched: the chunk has a new prompt."""
+    chunk before and their mass [L, B, S], None in a stream's first chunk; switched: the chunk has a new prompt; hidden: the
+    features [B, N, W] of every layer that tokens were made of, where they are to be told."""
 
     slots: Tensor
     assignment: Tensor
@@ -51,6 +55,7 @@ class Lesson:
     earlier: Tensor | None
     earlier_mass: Tensor | None
     switched: bool
+    hidden: Sequence[Tensor] | None = None
 
     @property
     def mass(self) -> Tensor:
@@ -78,6 +83,9 @@ def losses(lesson: Lesson, how: Learning) -> dict[str, Tensor]:
         found["slot_reconstruction"] = how.alpha * reconstruction(
             lesson.slots, lesson.assignment, lesson.tokens, threshold=how.threshold
         )
+    if how.decode is not None and lesson.hidden is not None:
+        error = feature_error(how.decode(lesson.slots), lesson.assignment, torch.stack([*lesson.hidden]))
+        found["slot_features"] = how.features * error
     return found
 
 

@@ -1,7 +1,7 @@
-"""The two losses that train slots: stay the same entity over time, and stand for the tokens that chose you.
+"""The losses that train slots: stay the same entity over time, and stand for the tokens that chose you.
 
 They know neither the generator's loss nor its weight beside theirs. SlotMemory (arXiv 2605.31033) eq. 8-10,
-SlotContrast (arXiv 2412.14295). Both are a mean over the leading axes (layers, steps).
+SlotContrast (arXiv 2412.14295). All are a mean over the leading axes (layers, steps).
 """
 
 from collections.abc import Callable
@@ -95,3 +95,14 @@ def reconstruction(
     cosine = (F.normalize(predicted, dim=-1, eps=1e-6) * F.normalize(tokens.detach(), dim=-1, eps=1e-6)).sum(dim=-1)
     counted = (confidence > threshold).to(cosine.dtype)
     return ((counted * (1 - cosine)).sum(dim=-1) / (counted.sum(dim=-1) + eps)).mean()
+
+
+@full_precision
+def feature_error(decoded: Tensor, assignment: Tensor, features: Tensor) -> Tensor:
+    """Mean squared error of features [..., N, W] told by slots: assignment [..., S, N] and decoded [..., S, W] -> [].
+
+    A token's features, brought to mean 0 and deviation 1, should be the mixture of what its slots say, as in SlotContrast
+    and DINOSAUR (arXiv 2209.14860). The target is fixed, so slots cannot make it easier, as they can with tokens that
+    pass through an adapter of their own: that is what `reconstruction` allows."""
+    target = F.layer_norm(features.detach().to(decoded.dtype), features.shape[-1:])
+    return (assignment.mT @ decoded - target).square().mean()

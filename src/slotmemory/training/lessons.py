@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from slotmemory.backbones.sequence import gather
 from slotmemory.memories.slots import Slots
+from slotmemory.slots import LayerDecoders
 from slotmemory.slots.learning import Learning, Lesson, measures
 from slotmemory.slots.losses import Direction
 from slotmemory.training import loop
 from slotmemory.training.recipe import Frozen
+
+DECODER = "slot_decoder"
 
 
 class LessonOptions(Frozen):
@@ -30,6 +33,9 @@ class LessonOptions(Frozen):
     detach_earlier: bool = Field(False, description="the contrast teaches the later chunk's slots only")
     across: float = Field(0.25, ge=0, description="weight of a pair that a prompt switch parts")
     alpha: float = Field(1.0, ge=0, description="weight of the reconstruction")
+    features: float = Field(
+        0.0, ge=0, description="weight of a third loss: slots, decoded, tell the features themselves (SlotContrast's)"
+    )
     threshold: float = Field(0.5, description="confidence above which a token counts in the reconstruction")
     threshold_from: float | None = Field(None, description="where it starts; none: at `threshold`, all the time")
     threshold_steps: int = Field(500, ge=1, description="steps in which it rises from there")
@@ -45,6 +51,14 @@ class Lessons:
         weight = memory.adapters.weight  # [layers, C, width]
         self.queue = torch.zeros(weight.shape[0], 0, weight.shape[1], device=context.device)
         self.waiting: list[Tensor] = []  # slots of streams in progress
+        self.decoder = None
+        if options.features:
+            width = weight.shape[2]
+            self.decoder = LayerDecoders(weight.shape[0], weight.shape[1], width).to(context.device)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What learns beside the slots, so that they do."""
+        return {DECODER: self.decoder} if self.decoder else {}
 
     def at(self, step: int) -> None:
         """Tell the memory how to learn in a step."""
@@ -54,7 +68,7 @@ class Lessons:
         negatives = self.queue if self.queue.shape[1] else None
         self.memory.learning = Learning(
             self.reconstruct, o.tau, o.direction, o.across, o.detach_earlier, o.alpha, threshold, negatives,
-            self.gathered if o.gathered and self.context.processes > 1 else None,
+            self.gathered if o.gathered and self.context.processes > 1 else None, self.decoder, o.features,
         )  # fmt: skip
 
     def gathered(self, x: Tensor) -> Tensor:

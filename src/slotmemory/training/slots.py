@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from slotmemory.errors import InputError
 from slotmemory.slots import load_slotcontrast
 from slotmemory.training import long_tuning, loop
-from slotmemory.training.lessons import LessonOptions, Lessons, slot_arguments
+from slotmemory.training.lessons import DECODER, LessonOptions, Lessons, slot_arguments
 from slotmemory.training.rollout import Clip
+from slotmemory.training.student import group
 
 
 class Options(long_tuning.Options, LessonOptions):
@@ -45,6 +46,8 @@ class Options(long_tuning.Options, LessonOptions):
 class Objective(long_tuning.Objective):
     """Long tuning whose memory is taught by its own losses."""
 
+    auxiliary = long_tuning.Objective.auxiliary | {DECODER}
+
     def __init__(self, options: Options, context: loop.Context):
         if options.grouper:
             given = {"attn_scale": "released", **options.memory_options}
@@ -57,11 +60,24 @@ class Objective(long_tuning.Objective):
         self.lessons = Lessons(options, self.memory, context, options.stage == 2)
         self.measured: dict[str, Tensor] = {}
 
+    def modules(self) -> dict[str, nn.Module]:
+        return {**super().modules(), **self.lessons.modules()}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        o = self.options
+        helpers = [group(name, module, o.memory_rate, o.memory_clip) for name, module in self.lessons.modules().items()]
+        return [*super().parameter_groups(), *helpers]
+
+    def metadata(self, module: str) -> dict[str, str]:
+        return {} if module == DECODER else super().metadata(module)
+
     def memory_arguments(self) -> dict[str, Any]:
         return slot_arguments(self.memory)
 
     def trains(self, step: int) -> frozenset[str]:
-        return super().trains(step) | ({self.memory_name} if self.options.always else set())
+        slots = {self.memory_name, *self.lessons.modules()}
+        found = super().trains(step)
+        return found | slots if self.options.always or self.memory_name in found else found
 
     def watching(self) -> AbstractContextManager:
         return self.student.constant() if self.options.always else super().watching()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from slotmemory.memory import State, Written
 from slotmemory.session import Session
 from slotmemory.training import loop
-from slotmemory.training.lessons import LessonOptions, Lessons, slot_arguments
+from slotmemory.training.lessons import DECODER, LessonOptions, Lessons, slot_arguments
 from slotmemory.training.narratives import Encoded, Pool, PoolSize, Refresh, Seconds, encode
 from slotmemory.training.policies import InTraining
 from slotmemory.training.prompts import together
@@ -73,6 +73,8 @@ class Recording(InTraining):
 class Objective(Student):
     """Train the slots of a memory and nothing else."""
 
+    auxiliary = Student.auxiliary | {DECODER}
+
     def __init__(self, options: Options, context: loop.Context):
         super().__init__(options, context)
         self.transformer.requires_grad_(False)
@@ -81,13 +83,16 @@ class Objective(Student):
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {self.memory_name: self.memory}
+        return {self.memory_name: self.memory, **self.lessons.modules()}
 
     def networks(self) -> list[nn.Module]:
         return []  # videos that differ in length take different passes
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return []
+
+    def metadata(self, module: str) -> dict[str, str]:
+        return {} if module == DECODER else super().metadata(module)
 
     def memory_arguments(self) -> dict[str, Any]:
         return slot_arguments(self.memory)
