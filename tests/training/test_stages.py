@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from slotmemory.codecs.base import read_tensors
 from slotmemory.errors import InputError
 from slotmemory.models import load
-from slotmemory.training import distribution_matching, look, slots
+from slotmemory.training import distribution_matching, look, loop, slots
 from slotmemory.training.loop import TrainingError, train
 from slotmemory.training.recipe import find_objective, parse_recipe
 from tests.models_for_tests import write_model
@@ -181,3 +181,10 @@ def test_slots_that_tell_features_are_taught_by_a_decoder_that_stays_behind(micr
     assert exported and not any(
         "decoder" in name for name in load_file(tmp_path / "10/weights/memory.slots.safetensors")
     )
+    again = {"features": 10, "decoder": str(tmp_path / "10")}
+    context = loop.Context(batch=1)
+    goes_on = slots.Objective(
+        slots.Options(student=micro, teacher=other, steps=(1000, 500), switches=(), **again), context
+    )
+    saved = load_file(tmp_path / "10" / "weights" / "slot_decoder.ema.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in goes_on.lessons.decoder.state_dict().items())

@@ -6,6 +6,7 @@ It knows the memory's slots and their state, no generator and no clip.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from slotmemory.backbones.sequence import gather
+from slotmemory.codecs.base import check_tensors, read_tensors
 from slotmemory.memories.slots import Slots
 from slotmemory.slots import LayerDecoders
 from slotmemory.slots.learning import Learning, Lesson, measures
 from slotmemory.slots.losses import Direction
 from slotmemory.training import loop
+from slotmemory.training.pack import exported
 from slotmemory.training.recipe import Frozen
 
 DECODER = "slot_decoder"
@@ -35,6 +38,9 @@ class LessonOptions(Frozen):
     alpha: float = Field(1.0, ge=0, description="weight of the reconstruction")
     features: float = Field(
         0.0, ge=0, description="weight of a third loss: slots, decoded, tell the features themselves (SlotContrast's)"
+    )
+    decoder: str | None = Field(
+        None, description="an earlier run of slots, whose decoder of features is where this starts"
     )
     threshold: float = Field(0.5, description="confidence above which a token counts in the reconstruction")
     threshold_from: float | None = Field(None, description="where it starts; none: at `threshold`, all the time")
@@ -55,6 +61,11 @@ class Lessons:
         if options.features:
             width = weight.shape[2]
             self.decoder = LayerDecoders(weight.shape[0], weight.shape[1], width).to(context.device)
+            if options.decoder and context.device.type != "meta":
+                path = exported(Path(options.decoder), DECODER)
+                tensors, _ = read_tensors(path)
+                check_tensors(tensors, self.decoder.state_dict(), path)
+                self.decoder.load_state_dict(tensors)
 
     def modules(self) -> dict[str, nn.Module]:
         """What learns beside the slots, so that they do."""
