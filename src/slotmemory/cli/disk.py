@@ -96,7 +96,7 @@ def free_disk(folder: Path) -> int:
 
 def refuse_disk(found: Disk, folder: Path, scale: int) -> None:
     """Raise InputError for a run whose folder cannot hold it, with what would make it fit."""
-    there = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    there = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     needed, free = found.least - there, free_disk(folder)
     if needed <= free:
         return

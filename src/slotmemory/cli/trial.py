@@ -18,7 +18,7 @@ import torch
 
 from slotmemory.cli.stream import MAX_PICTURED, PER_SHOT, spread
 from slotmemory.pictures import caption, filmstrip
-from slotmemory.video import Fragments
+from slotmemory.video import Fragments, read_video
 
 if TYPE_CHECKING:
     from slotmemory.cli.prepare import Prepared
@@ -53,13 +53,15 @@ def trial(prepared: Prepared) -> Trial:
     layout = engine.layout
     video = Fragments(layout.fps, layout.width, layout.height, prepared.options.scale)
     encoded = traced = gone = 0
-    begun, going, strips = [], [], []
+    begun, going, fragments, counts, pictured = [], [], [], [], []
 
     def make():
         started = time.perf_counter()
         chunk = session.step()
-        size = len(video.encode(chunk.frames[0], 0, 0))
-        return chunk, size, len(json.dumps(chunk.trace, separators=(",", ":"))) + 1, time.perf_counter() - started
+        fragments.append(video.encode(chunk.frames[0], sum(counts), len(fragments)))
+        counts.append(len(chunk.frames[0]))
+        record = len(json.dumps(chunk.trace, separators=(",", ":"))) + 1
+        return chunk, len(fragments[-1]), record, time.perf_counter() - started
 
     for length in lengths:
         chunk, size, record, lasted = make()
@@ -74,11 +76,16 @@ def trial(prepared: Prepared) -> Trial:
             chunk, size, record, lasted = make()
             going.append(lasted)
             encoded, traced = encoded + size * (length - 1), traced + (first + record) * (length - 1) // 2
-        frames = chunk.frames[0]
-        strips.append([frames[(2 * i + 1) * len(frames) // (2 * PER_SHOT)] for i in range(PER_SHOT)])
+        last = range(sum(counts[:-1]), sum(counts))
+        pictured.append([last[(2 * i + 1) * len(last) // (2 * PER_SHOT)] for i in range(PER_SHOT)])
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "video.mp4").write_bytes(b"".join([video.header, *fragments]))
+        wanted = sorted({frame for frames in pictured for frame in frames})
+        # enlarged and encoded, as a run draws them
+        images = dict(zip(wanted, read_video(folder / "video.mp4", wanted)))
+        strips = [[images[frame] for frame in frames] for frames in pictured]
         filmstrip(strips, [caption(0, 0, script.shots[shot].prompt) for shot in tried], folder / "filmstrip.png")
         session.save(folder / "state")
         drawn, saved = ((folder / name).stat().st_size for name in ("filmstrip.png", "state"))
