@@ -23,7 +23,7 @@ from slotmemory.backbones.causal_wan import Seen, TextKeys
 from slotmemory.backbones.rope import averaging, grid_positions, rotate, rotation
 from slotmemory.codecs.base import to_uint8
 from slotmemory.errors import InputError
-from slotmemory.guard import Watch, not_finite
+from slotmemory.guard import Watch, not_finite, settled, started
 from slotmemory.memory import Bank, Now, Prefix, State, Written, from_plain, to_plain
 from slotmemory.sampler import add_noise
 from slotmemory.trace import record
@@ -118,7 +118,7 @@ class Session:
         self.noise = noise or SeededNoise(seeds)
         self.index = 0
         self.frame = 0  # next latent frame; runs ahead of index * frames_per_chunk after `prefill`
-        self.state: State = engine.memory.start(self.batch)
+        self.state: State = started(engine.memory, self.batch)
         self.decoding = engine.codec.start()
         self.recent: Tensor | None = None  # the last clean latents, as many as the memory may ask to replay
         self.told: Told | None = None  # what the last chunk was told
@@ -165,7 +165,7 @@ class Session:
             made = self._denoised(now, told, pattern)
             latents = made.detach()
             if not bool(torch.isfinite(latents).all()):
-                raise not_finite(engine.memory, now, read)
+                raise not_finite(engine.memory, now, read, pattern)
             clock.lap("denoise")
             written = self._clean_pass(latents, now, pattern)
             clock.lap("clean")
@@ -235,8 +235,9 @@ class Session:
     def _switch(self, state: State, now: Now) -> State:
         """Let the memory answer a new prompt; replay what it asks for as one clean pass under that prompt."""
         memory = self.engine.memory
-        with Watch(memory, "switch", now, state=state):
-            state, replay = memory.switch(state, now)
+        kept = 0 if self.recent is None else self.recent.shape[1]
+        with Watch(memory, "switch", now, state=state) as watch:
+            state, replay = watch.switched(memory.switch(state, now), self.batch, kept)
         if replay:
             past = Now(now.chunk, now.frame - replay, replay, now.shot, True, now.text, now.text_tokens, replay=True)
             pattern = self._pattern(state, past, self._read(state, past))
@@ -256,8 +257,8 @@ class Session:
     def _pattern(self, state: State, now: Now, read: list[list[Bank]]) -> Pattern:
         """How the chunk attends to what was read: as the memory says, else in one softmax."""
         memory, context = self.engine.memory, self._rotated(read)
-        with Watch(memory, "attend", now, state=state, context=context):
-            return memory.attend(state, now, read, context) or Buffered(context)
+        with Watch(memory, "attend", now, state=state, context=context) as watch:
+            return watch.pattern(memory.attend(state, now, read, context)) or Buffered(context)
 
     def _rotated(self, read: list[list[Bank]]) -> list[tuple[Tensor, Tensor]]:
         """Join what was read per layer into one buffer and rotate its keys to where they stand."""
@@ -303,28 +304,23 @@ class Session:
         frames = torch.arange(now.frame, now.frame + now.frames, device=engine.device)
         steps = torch.full(latents.shape[:2], noise * 1000, device=engine.device)
         _, seen = engine.backbone(latents_in, steps, now.text, frames, pattern)
-        return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents, pattern)
+        return Written(now, seen, grid_positions(frames[None], *engine.layout.grid), latents, settled(pattern))
 
     def _kept(self, state: State, written: Written) -> State:
         """Let the memory take in a chunk; tokens that it makes itself run through the model first."""
         memory, now = self.engine.memory, written.now
-        with Watch(memory, "prefix", now, state=state, written=written.layers):
-            state, prefix = memory.prefix(state, written)
+        with Watch(memory, "prefix", now, state=state, written=written.layers) as watch:
+            state, prefix = watch.prefix(memory.prefix(state, written), self.batch)
         if prefix is not None:
             written = replace(written, prefix=prefix, prefix_layers=self._prefix_pass(prefix, written.now))
         for name, call in (("write", memory.write), ("update", memory.update)):
-            with Watch(memory, name, now, state=state, written=written.layers):
-                state = call(state, written)
+            with Watch(memory, name, now, state=state, written=written.layers) as watch:
+                state = watch.state(call(state, written), self.batch)
         return state
 
     def _prefix_pass(self, prefix: Prefix, now: Now) -> list[Seen]:
         """Run a memory's own tokens through all layers, as one latent frame without noise."""
-        engine, shape = self.engine, prefix.tokens.shape
-        if len(shape) != 3 or (shape[0], shape[2]) != (self.batch, engine.layout.model_width):
-            raise InputError(
-                f"memory '{engine.memory.called()}' made prefix tokens of shape {tuple(shape)} at chunk {now.chunk}; "
-                f"expected [{self.batch}, N, {engine.layout.model_width}]"
-            )
+        engine = self.engine
         cos, sin = rotation(prefix.positions, engine.layout.head_dim)
         shorter = None
         if prefix.extents is not None:
