@@ -220,3 +220,29 @@ def test_a_memory_that_does_nothing_is_a_memory():
     state = memory.start(1)
     assert memory.read(state, 0, now(0)) == [] and memory.losses(state) == {} and memory.look(state) == {}
     assert memory.switch(state, now(0)) == (state, 0)
+
+
+@pytest.mark.parametrize("setting, took", [("None", "sets none"), ("99", "takes 99")])
+def test_a_memory_that_does_not_keep_to_the_budget_it_is_given_is_refused_with_the_number(setting, took, tmp_path):
+    (tmp_path / "deaf.py").write_text(
+        "from slotmemory.memory import Memory\n"
+        "class Deaf(Memory):\n"
+        f"    def __init__(self, layout, budget=None):\n        super().__init__(layout, {setting})\n"
+    )
+    with pytest.raises(InputError, match=f"memory 'deaf' is given a budget of 48 tokens and {took}; its __init__ must"):
+        build(str(tmp_path / "deaf.py"), LAYOUT, 48)
+    build(str(tmp_path / "deaf.py"), LAYOUT)
+
+
+def test_only_the_ceiling_takes_no_notice_of_a_budget():
+    assert [name for name in names() if find(name).unlimited] == ["everything"]
+    assert [name for name in names() if toy().with_memory(name, 0).memory.budget != 0] == ["everything"]
+
+
+def test_a_memory_that_forgets_to_set_itself_up_is_told_how(tmp_path):
+    (tmp_path / "bare.py").write_text(
+        "from slotmemory.memory import Memory\n"
+        "class Bare(Memory):\n    def __init__(self, layout, budget=None):\n        pass\n"
+    )
+    with pytest.raises(InputError, match=r"memory 'bare' is not set up; its __init__ must call super\(\)"):
+        build(str(tmp_path / "bare.py"), LAYOUT)

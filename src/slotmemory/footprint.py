@@ -133,7 +133,7 @@ def predict(engine: Engine, memory: Memory, chunks: int, batch: int = 1, text: i
     weights = bytes_of(t for module in engine.modules for t in (*module.parameters(), *module.buffers()))
     tokens = memory.budget
     if tokens is None:  # a memory without a budget of its own may end up with all of the video but its last chunk
-        tokens = 0 if memory.called() == "none" else layout.tokens((chunks - 1) * layout.frames_per_chunk)
+        tokens = layout.tokens((chunks - 1) * layout.frames_per_chunk)
 
     with torch.device("meta"):
         frames = layout.frames_per_chunk

@@ -211,6 +211,7 @@ class Memory(nn.Module):
     # says it there).
     source: str = "not stated"
     positions: str = "native"
+    unlimited: bool = False  # a ceiling, which takes no notice of a budget and sets none
 
     def __init__(self, layout: Layout, budget: int | None = None):
         super().__init__()
@@ -379,4 +380,15 @@ def build(name: str, layout: Layout, budget: int | None = None, **options: Any) 
     for option in options:
         if option not in known:
             raise InputError(unknown(f"argument of memory '{name}'", option, known))
-    return policy(layout, budget, **options)
+    made = policy(layout, budget, **options)
+    if not isinstance(getattr(made, "layout", None), Layout):
+        raise InputError(
+            f"memory '{policy.called()}' is not set up; its __init__ must call super().__init__(layout, budget)"
+        )
+    if budget is not None and not policy.unlimited and (made.budget is None or made.budget > budget):
+        took = "sets none" if made.budget is None else f"takes {made.budget}"
+        raise InputError(
+            f"memory '{policy.called()}' is given a budget of {budget} tokens and {took}; "
+            "its __init__ must pass the budget on, super().__init__(layout, budget)"
+        )
+    return made

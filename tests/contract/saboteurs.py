@@ -47,6 +47,15 @@ class TakesMore(Window):
         super().__init__(layout, None if budget is None else budget + layout.tokens_per_frame)
 
 
+@fails(contract.reads_within_its_budget)
+class HearsNoBudget(Window):
+    """Is given a budget and sets none."""
+
+    def __init__(self, layout, budget=None):
+        super().__init__(layout, None)
+        self.budget = None
+
+
 @fails(contract.holds_no_more_than_its_budget)
 class Hoards(Window):
     """Reads what it should and never throws anything away."""

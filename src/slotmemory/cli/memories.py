@@ -142,5 +142,5 @@ def _budget(policy: type[Memory], engine: Engine | None) -> str:
     except InputError as error:
         return f"not for this model as it is: {error}"
     if built.budget is None:
-        return "0 tokens per layer" if built.called() == "none" else "no limit"
+        return "no limit"
     return f"{built.budget} tokens per layer ({built.budget / engine.layout.tokens_per_frame:g} latent frames)"

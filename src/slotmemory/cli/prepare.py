@@ -224,9 +224,10 @@ def _explained(name: str, arguments: Mapping[str, Argument], make: Callable[[], 
     try:
         return make()
     except InputError as error:
-        raise InputError(f"memory '{name}': {error}") from error
+        told = str(error)
+        raise InputError(told if told.startswith("memory '") else f"memory '{name}': {told}") from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "its own arguments"
         said = f"{type(error).__name__}: {shorten(str(error), 120)}"
         raise InputError(f"memory '{name}' cannot be made with {given}: {said}") from error
 

@@ -24,9 +24,13 @@ def reads_within_its_budget(trial: Trial) -> None:
 
     def run_at(budget: int | None) -> None:
         memory = trial.memory(budget)
-        limit = memory.budget  # None: a policy that declares no budget is a ceiling
-        if budget is not None and limit is not None:
-            demand(limit <= budget, f"{trial.name} was given a budget of {budget} tokens and took {limit}")
+        limit = memory.budget  # None: no limit of its own
+        if budget is not None and not memory.unlimited:
+            took = "sets none" if limit is None else f"took {limit}"
+            demand(
+                limit is not None and limit <= budget,
+                f"{trial.name} was given a budget of {budget} tokens and {took}",
+            )
 
         def around(call, method, given):
             found = method(*given)

@@ -15,6 +15,7 @@ class Everything(Memory):
     """
 
     source = "no paper: the ceiling of every comparison"
+    unlimited = True
 
     def __init__(self, layout: Layout, budget: int | None = None, *, placing: str = PLACINGS[0], reach: int = 21):
         super().__init__(layout, None)
