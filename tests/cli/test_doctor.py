@@ -125,11 +125,20 @@ def test_a_disk_without_room_is_refused_before_anything_is_loaded(slotmemory, sc
     assert done.status == 2 and done.err.count("\n") == 1 and not (tmp_path / "run").exists()
     for text in ("of disk and 100 kB are free at run (video ", "or --out on a disk with "):
         assert text in done.err
-    monkeypatch.setattr(disk, "free_disk", lambda folder: 300_000)
-    large = slotmemory(*words_of(script, model, "run", "--scale", "13"))
-    assert large.status == 2 and "--scale 12 writes a smaller video" in large.err
-    told = slotmemory("doctor", script, "--model", model)
-    assert told.status == 0 and "it does not fit here: " in told.out
+
+
+def test_the_scale_that_is_advised_does_fit_on_the_disk(slotmemory, script, model, monkeypatch):
+    monkeypatch.setattr(disk, "free_disk", lambda folder: 500_000)
+    refused = slotmemory(*words_of(script, model, "run", "--scale", "16"))
+    assert refused.status == 2 and refused.err.count("\n") == 1
+    advised = int(refused.err.split("--scale ")[1].split(" would fit")[0])
+
+    def load(*_, **__):
+        raise InputError("there is room")
+
+    monkeypatch.setattr("slotmemory.engine.Engine.from_pretrained", load)
+    fits, larger = (slotmemory(*words_of(script, model, "run", "--scale", advised + more)).err for more in (0, 1))
+    assert "there is room" in fits and f"--scale {advised} would fit" in larger
 
 
 def test_what_a_run_holds_already_needs_no_room_again(tmp_path):

@@ -88,30 +88,35 @@ def _trace(layout: Layout, schedule: Schedule, tokens: int) -> int:
     return total
 
 
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is or will be."""
+def free_disk(folder: Path) -> int | None:
+    """Bytes free where a folder is or will be; None where the system tells no size, as of /proc."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else None
 
 
 def refuse_disk(found: Disk, folder: Path, scale: int) -> None:
     """Raise InputError for a run whose folder cannot hold it, with what would make it fit."""
     there = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
     needed, free = found.least - there, free_disk(folder)
-    if needed <= free:
+    if free is None or needed <= free:
         return
     parts = ", ".join(f"{name} {size(count)}" for name, count in found.parts.items() if count)
     raise InputError(
         f"this job needs at least {size(needed)} of disk and {size(free)} are free at {shorten(folder, 100)} ({parts}); "
-        f"{advice(found, scale)}"
+        f"{advice(found, scale, free + there)}"
     )
 
 
-def advice(found: Disk, scale: int) -> str:
-    """What would make a run fit, the mildest first."""
-    ways = []
-    if found.parts["video"] > found.parts["state"]:
-        ways += [f"--scale {scale - 1} writes a smaller video"] if scale > 1 else ["make fewer seconds"]
+def advice(found: Disk, scale: int, free: int) -> str:
+    """What would make a run fit into so many bytes, the mildest first."""
+    video, many, ways = found.parts["video"], found.least - free, []
+    sure = video if found.measured else video // CALMER  # how much of it counts in `least`
+    fitting = [smaller for smaller in range(1, scale) if sure * (1 - (smaller / scale) ** 2) >= many]
+    if fitting:
+        ways.append(f"--scale {fitting[-1]} would fit")
+    elif video > found.parts["state"]:
+        ways.append("make fewer seconds")
     else:
-        ways.append("a smaller --budget makes a smaller state")
+        ways.append("a memory with a smaller --budget makes a smaller state")
     return ", ".join([*ways, f"or --out on a disk with {size(found.total + found.beside)} free"])

@@ -160,8 +160,10 @@ def _disk(planned: Plan, disk: Disk) -> list[tuple[str, str]]:
 
     free = free_disk(Path("."))
     verdict = "it fits here"
-    if disk.least > free:
-        verdict = f"it does not fit here: {advice(disk, planned.scale)}"
+    if free is None:
+        verdict = "the system does not tell what is free"
+    elif disk.least > free:
+        verdict = f"it does not fit here: {advice(disk, planned.scale, free)}"
     elif disk.total + disk.beside > free:
         verdict = "it may not fit here"
     return [("disk", f"{disk}; {verdict}")]
