@@ -19,11 +19,15 @@ from slotmemory.memories.sink import Sink
 from slotmemory.memory import Bank, Now, State
 
 
+PUBLISHED_CUT = 45
+
+
 class Infinity(Sink):
     """Sink and window at positions counted from the chunk (placing: relative); `window` counts as in `sink`.
 
     flush: latent frames of the window that a prompt switch keeps; cuts: the shots that start with a cut, "all", a number
-    or several ("1 3", the first shot is 0); cut: distance in latent frames from the oldest key to a chunk after a cut.
+    or several ("1 3", the first shot is 0); cut: distance in latent frames from the oldest key to a chunk after a cut (45,
+    or the window where that is longer).
     """
 
     source = "Infinity-RoPE (arXiv 2511.20649)"
@@ -38,11 +42,12 @@ class Infinity(Sink):
         window: int = 6,
         flush: int = 2,
         cuts: int | str | None = None,
-        cut: int = 45,
+        cut: int | None = None,
     ):
         super().__init__(layout, budget, sink=sink, window=window, placing="relative")
         if flush < 0:
             raise InputError(f"flush={flush} is negative; use a number of latent frames, 0 or more")
+        cut = max(PUBLISHED_CUT, self.window) if cut is None else cut
         if cut < self.window:
             raise InputError(f"cut={cut} is nearer than a window of {self.window} latent frames; use a longer distance")
         self.flush, self.cut, self.cuts = flush, cut, _shots(cuts)
