@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from slotmemory.codecs.base import to_float
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.evaluation.grouping import Quality, measure
+from slotmemory.evaluation.results import shown, table
+from slotmemory.evaluation.returning import bootstrap
 from slotmemory.training.narratives import HELD_OUT
 from slotmemory.world.masks import token_masks
 from slotmemory.world.narrative import Narrative
@@ -29,7 +31,7 @@ from slotmemory.world.renderer import WorldSize
 
 GROUPINGS = ("learned", "kmeans", "grid", "shuffled")
 FIRST_SEED = HELD_OUT + 10_000  # beyond what trainings learn from and validate on
-DRAWS = 1000
+HEADER = ("grouping", "layer", "FG-ARI", "mBO, clip", "mBO, chunk", "bound", "usage")
 
 
 def labels_of(engine: Engine, latents: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -54,17 +56,9 @@ def read(engine: Engine, seed: int, seconds: float) -> tuple[Tensor, Tensor, lis
     return latents, truth.flatten(1), [narrative.prompt(k) for k in range(narrative.chunks)]
 
 
-def interval(values: Sequence[float]) -> str:
-    """Mean and bootstrapped 95 % interval."""
-    x = np.array(values)
-    means = np.random.default_rng(0).choice(x, (DRAWS, len(x))).mean(1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return f"{x.mean():.2f} ({low:.2f} to {high:.2f})"
-
-
-def table(results: dict[str, list[list[Quality]]]) -> list[str]:
-    """Markdown: per grouping [narratives][layers] of measures."""
-    lines = ["| grouping | layer | FG-ARI | mBO, clip | mBO, chunk | bound | usage |", "| --- " * 7 + "|"]
+def report(results: Mapping[str, Sequence[Sequence[Quality]]]) -> str:
+    """Write a table in markdown of measures by grouping, [narratives][layers] each."""
+    rows = []
     for name, clips in results.items():
         layers = list(range(len(clips[0])))
         best = max(layers, key=lambda i: np.mean([clip[i].mbo for clip in clips if clip[i].mbo is not None]))
@@ -72,9 +66,9 @@ def table(results: dict[str, list[list[Quality]]]) -> list[str]:
             cells = []
             for measure_name in Quality._fields:
                 per_clip = [[getattr(clip[i], measure_name) for i in chosen] for clip in clips]
-                cells.append(interval([float(np.mean(row)) for row in per_clip if None not in row]))
-            lines.append(f"| {name} | {word} | " + " | ".join(cells) + " |")
-    return lines
+                cells.append(shown(bootstrap({k: [] if None in row else row for k, row in enumerate(per_clip)}), ".2f"))
+            rows.append([name, word, *cells])
+    return table(HEADER, rows)
 
 
 @torch.no_grad()
@@ -106,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name].append([measure(layer, truth, engine.memory.num_slots) for layer in labels])
         sys.stderr.write(f"\r{number + 1} of {options.narratives} narratives")
     sys.stderr.write("\n")
-    print("\n".join(table(results)))
+    print(report(results))
     return 0
 
 
