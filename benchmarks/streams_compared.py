@@ -280,6 +280,8 @@ def stream_all(given: argparse.Namespace, who: Sequence[Contestant], results: Li
 def run(given: argparse.Namespace) -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
+    if min(given.scripts, given.moments) < 1:
+        raise InputError(f"--scripts {given.scripts} --moments {given.moments}; expected at least one of each")
     who = contestants(given)
     settings = {"seconds": given.seconds, "moments": given.moments}
     results = Lines(Path(given.out), settings)

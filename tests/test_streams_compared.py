@@ -64,6 +64,7 @@ def test_models_are_streamed_once_and_stand_side_by_side(call, folder):
         (["--models", "tiny", "--names", "a,b"], "1 models and 2 names"),
         (["--models", "tiny,tiny"], "two are the same"),
         (["--models", "no-such-model"], "no-such-model"),
+        (["--models", "tiny", "--scripts", "0"], "--scripts 0 --moments 4; expected at least one of each"),
     ],
 )
 def test_mistakes_are_named_in_one_line(call, words, said):
