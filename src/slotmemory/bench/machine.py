@@ -58,13 +58,20 @@ def forget_peaks(device: torch.device) -> None:
 
 def peaks(device: torch.device) -> dict[str, int | None]:
     """Most bytes since `forget_peaks`: of tensors on the device, None for the processor, and of the process."""
-    host = None
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"device": on_device, "host": process_bytes("VmHWM")}
+
+
+def process_bytes(name: str) -> int | None:
+    """Bytes of memory of this process by the system's name for them: VmRSS, what it holds now, or VmHWM, its peak.
+
+    None where the system does not tell."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-        host = int(lines["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        pass
-    return {"device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None, "host": host}
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(told[name].split()[0]) * 1024 if name in told else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:

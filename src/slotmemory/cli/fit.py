@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from slotmemory import memory as memories
-from slotmemory.cli.measures import resident_bytes, size
+from slotmemory.bench.machine import process_bytes
+from slotmemory.cli.measures import size
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.footprint import Footprint, predict
@@ -93,7 +94,9 @@ def forecast(
     found = predict(engine, policy, chunks, text=text)
     bounded = policy.budget is not None
     host_free = None if device.type == "cpu" else free_bytes(torch.device("cpu"))
-    return Forecast(found, device, free_bytes(device), bounded, text_on_host, resident_bytes(), reading, host_free)
+    return Forecast(
+        found, device, free_bytes(device), bounded, text_on_host, process_bytes("VmRSS"), reading, host_free
+    )
 
 
 def refuse(found: Forecast, dtype: torch.dtype) -> None:
