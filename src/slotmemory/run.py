@@ -290,7 +290,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """A copy that JSON can hold."""
+    """A copy that JSON can hold: numbers that are not finite become null, keys text and tuples lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

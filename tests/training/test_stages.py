@@ -152,10 +152,8 @@ def test_a_loss_that_is_not_finite_names_term_and_prompt_and_keeps_the_last_chec
 
 def test_recorded_features_teach_slots_what_the_videos_themselves_teach(other, tmp_path):
     model = str(write_model(tmp_path / "model", context_noise=0.0))
-    whole = {
-        "chunks": 100,
-        "memory_options": {"bank": 0},
-    }  # clips as long as the videos: both begin where the stream does
+    # clips as long as the videos: both begin where the stream does
+    whole = {"chunks": 100, "memory_options": {"bank": 0}}
     first = {}
     for record in (False, True):
         train(

@@ -21,6 +21,7 @@ from slotmemory.script import Schedule
 VIDEO, PICTURE = 0.06, 0.88  # bytes per pixel of video and of PNG, measured on the embedded model (docs/performance.md)
 CALMER = 4  # a video that shows less may be so many times smaller than that
 STRIP, THUMBNAIL = 400, 200  # pixels across of frames on filmstrip and timeline
+THUMBNAILS = 1600  # pixels across that all frames on a timeline share
 GRAPHICS, BARS = 52_000, 400  # bytes of a timeline without frames, and more for each chunk
 RECORD, ITEM = 220, 97  # bytes of a chunk's record in the trace without its prompt, and of an item in it
 TEXTS = 1500  # bytes of script, recipe and status
@@ -72,7 +73,7 @@ def forecast_disk(
     else:
         video = round(VIDEO * schedule.frames * layout.width * layout.height * scale**2)
         filmstrip, trace, state = round(PICTURE * strip), _trace(layout, schedule, footprint.tokens), footprint.state
-    across = min(THUMBNAIL, 1600 // drawn)
+    across = min(THUMBNAIL, THUMBNAILS // drawn)
     timeline = GRAPHICS + BARS * min(chunks, 200) + round(filmstrip / strip * drawn * across**2 * tall)
     parts = {"video": video, "state": state, "pictures": filmstrip + timeline, "trace": trace + TEXTS}
     return Disk(parts | {"embeddings": embeddings}, state if chunks > save_every else 0, trial is not None)

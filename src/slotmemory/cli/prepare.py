@@ -224,7 +224,7 @@ def _explained(name: str, arguments: Mapping[str, Argument], make: Callable[[], 
     try:
         return make()
     except InputError as error:
-        told = str(error)
+        told = str(error)  # which names the memory where `build` complains, and not where a policy does
         raise InputError(told if told.startswith("memory '") else f"memory '{name}': {told}") from error
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items()) or "its own arguments"
