@@ -143,7 +143,7 @@ def told(found: Forecast, dtype: torch.dtype) -> list[str]:
     parts = ", ".join(f"{name} {size(count)}" for name, count in footprint.parts.items() if count)
     text = f"; {size(footprint.text)} for the text encoder before it" if footprint.text else ""
     verdict = "it fits" if found.fits else f"it does not fit: {advice(found, dtype)}"
-    if found.free is None:
+    if found.fits and found.free is None:
         verdict = "the system does not tell what is free"
     taken = f"{size(found.resident)} of them taken now" if found.resident is not None else "what is taken is not told"
     first = f"{size(FIRST_USE)} for first use of kernels and encoders"
