@@ -18,7 +18,6 @@ from slotmemory.layout import Layout
 from slotmemory.memories.sink import Sink
 from slotmemory.memory import Bank, Now, State
 
-
 PUBLISHED_CUT = 45
 
 
