@@ -27,10 +27,9 @@ from torch import Tensor
 
 from slotmemory.codecs.base import to_float, to_uint8
 from slotmemory.engine import Engine
-from slotmemory.errors import InputError
 from slotmemory.evaluation import returning
 from slotmemory.evaluation.reader import Reader, Reading
-from slotmemory.evaluation.results import Lines, shown, table
+from slotmemory.evaluation.results import Lines, shown, status_of, table
 from slotmemory.evaluation.returning import Interval, ReturnScript, Score
 from slotmemory.pictures import filmstrip
 from slotmemory.run import finite
@@ -284,15 +283,8 @@ def main() -> int:
     parser.add_argument("--reader", help="weights of another reader")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/returning")
-    try:
-        run(parser.parse_args())
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    given = parser.parse_args()
+    return status_of(lambda: run(given))
 
 
 if __name__ == "__main__":

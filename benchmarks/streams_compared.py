@@ -31,7 +31,7 @@ from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.evaluation import drift, motion
-from slotmemory.evaluation.results import Lines, shown, table
+from slotmemory.evaluation.results import Lines, shown, status_of, table
 from slotmemory.evaluation.returning import FIRST_SEED, bootstrap, paired
 from slotmemory.layout import Layout
 from slotmemory.pictures import filmstrip
@@ -315,15 +315,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="runs/streams")
     given = parser.parse_args(words)
-    try:
-        run(given)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return status_of(lambda: run(given))
 
 
 if __name__ == "__main__":

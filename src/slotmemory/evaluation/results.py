@@ -1,10 +1,11 @@
-"""Results of a benchmark on disk, one line at a time, and in tables of words."""
+"""Results of a benchmark on disk, one line at a time, and in tables of words; and how a benchmark ends."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table in markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def status_of(work: Callable[[], None]) -> int:
+    """Do the work of a benchmark that keeps its results -> exit status; one line for bad input, and one if it is stopped."""
+    try:
+        work()
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from here\n")
+        return 130
+    return 0
