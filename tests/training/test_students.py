@@ -52,6 +52,11 @@ def test_generator_steps_teach_both_and_critic_steps_the_critic_alone(micro, oth
     assert "matching" not in terms and not learning(objective, "transformer") and learning(objective, "critic")
 
 
+def test_a_joint_score_cannot_leave_its_past_out():
+    with pytest.raises(ValueError, match="negative_past=false needs score=causal"):
+        distribution_matching.Options(score="joint", negative_past=False)
+
+
 def test_generator_and_critic_updates_are_counted_apart(micro, other):
     objective = build(distribution_matching, micro, other, chunks=1, ratio=5)
     assert [objective.generator_step(n) for n in range(7)] == [True, False, False, False, False, True, False]

@@ -45,6 +45,10 @@ class Options(StudentOptions):
         "causal",
         description="scores see chunk after chunk, each with its clean past; or whole clips, all frames at once",
     )
+    negative_past: bool = Field(
+        True,
+        description="causal scores: the negative score sees the past too; false: guidance leads towards the past as well",
+    )
     seen: int = Field(2, ge=0, description="past chunks that a causal score sees beside the first of the stream")
     lowest: float = Field(20.0, description="smallest timestep of a score, of 1000")
     highest: float = Field(980.0, description="largest timestep of a score")
@@ -61,6 +65,10 @@ class Options(StudentOptions):
     def _possible(self) -> Options:
         if "mutated_bank" in self.compat and not self.recompute:
             raise ValueError("compat=mutated_bank shows only where passes are computed again; set recompute: true")
+        if not self.negative_past and self.score == "joint":
+            raise ValueError(
+                "negative_past=false needs score=causal; a joint score has no past of its own to leave out"
+            )
         return self
 
 
@@ -87,7 +95,8 @@ class Objective(Student):
         self.looked_up = FlowSchedule(8.0) if "score_shift" in options.compat else self.schedule
         self.view: scores.View = scores.Joint()
         if options.score == "causal":
-            self.view = scores.Causal(layout.frames_per_chunk, options.seen, self.engine.context_noise)
+            noise = self.engine.context_noise
+            self.view = scores.Causal(layout.frames_per_chunk, options.seen, noise, options.negative_past)
         self.told: list[str] = []
 
     # what is trained

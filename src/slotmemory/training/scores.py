@@ -146,11 +146,15 @@ class Causal:
     chunk, which stands just before the clip where it is further away. What is seen carries `context_noise` (sigma), as in
     a stream. The KL divergence of whole videos is the sum of those of chunks given their past, so nothing is lost but
     what a joint score would say against the past itself.
+
+    A negative score that sees the past too leads only away from another prompt. Without it (`negative_past` False) it
+    leads away from what could have been at any time, towards prompt and past.
     """
 
     length: int = 3
     seen: int = 2
     context_noise: float = 0.0
+    negative_past: bool = True
 
     def rows(self, clip: Clip) -> Tensor:
         return clip.new.unflatten(1, (-1, self.length)).flatten(0, 1)
@@ -184,6 +188,12 @@ class Causal:
         device, batch, length = noisy.device, len(clip.latents), self.length
         chunks = clip.latents.detach().unflatten(1, (-1, length))  # [B, K, F, C, h, w]
         starts = clip.start + length * torch.arange(chunks.shape[1], device=device)
+        inside = torch.arange(length, device=device)
+        own_starts = starts[clip.past // length :].repeat(batch)
+        own = self.prompts(clip) if negative is None else [negative] * len(noisy)
+        if negative is not None and not self.negative_past:
+            levels, frames = timesteps[:, None].expand(-1, length), own_starts[:, None] + inside
+            return network(noisy, levels, text_keys(network, text, own), frames)[0]
         shown, places, told = chunks[:, :-1], starts[:-1], clip.prompts[:-1]
         if clip.start:  # the stream's first chunk, just before the clip
             shown = torch.cat((clip.first[:, None], shown), 1)
@@ -194,8 +204,7 @@ class Causal:
         if self.context_noise:
             clean = add_noise(clean, past, self.context_noise)
         far = (starts[:1] - 2 * length).expand(len(reminders))
-        frames = torch.cat((places.repeat(batch), far, starts[clip.past // length :].repeat(batch)))
-        own = self.prompts(clip) if negative is None else [negative] * len(noisy)
+        frames = torch.cat((places.repeat(batch), far, own_starts))
         prompts = [chunk[row] for row in range(batch) for chunk in told] + [told for *_, told in reminders] + own
         levels = torch.cat((timesteps.new_full((len(clean),), self.context_noise * 1000), timesteps))
         cell = network.config.patch[1] * network.config.patch[2]
@@ -203,7 +212,7 @@ class Causal:
             torch.cat((clean, noisy)),
             levels[:, None].expand(-1, length),
             text_keys(network, text, prompts),
-            frames[:, None] + torch.arange(length, device=device),
+            frames[:, None] + inside,
             Rows(self.table(clip).to(device), noisy[0, :, 0].numel() // cell),
         )
         return flow[len(clean) :]
