@@ -170,6 +170,14 @@ def test_what_the_model_makes_anew_in_every_step_cannot_be_recorded(micro, other
         recipe("slots_warm_up", micro, other, options={"on": "own", "record": True})
 
 
+@pytest.mark.parametrize("stage", ["slots_warm_up", "slots"])
+def test_a_decoder_of_features_that_nothing_would_use_is_refused(stage, micro, other):
+    given = {"decoder": "runs/earlier", "features": 0}
+    with pytest.raises(InputError, match="decoder=runs/earlier without features: .* or decoder to null"):
+        recipe(stage, micro, other, options=given)
+    assert recipe(stage, micro, other, options={**given, "features": 1}).options.decoder == "runs/earlier"
+
+
 def test_slots_that_tell_features_are_taught_by_a_decoder_that_stays_behind(micro, other, tmp_path):
     for features in (0, 10):
         train(recipe("slots_warm_up", micro, other, steps=1, options={"features": features}), tmp_path / str(features))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from slotmemory.backbones.sequence import gather
@@ -48,6 +48,15 @@ class LessonOptions(Frozen):
     gathered: bool = Field(False, description="slots of all processes are contrasted together, chunk by chunk")
     queue: int = Field(2048, ge=0, description="slots of earlier streams kept as negatives, those of all processes")
 
+    @model_validator(mode="after")
+    def _decoder_is_used(self) -> LessonOptions:
+        if self.decoder and not self.features:
+            raise ValueError(
+                f"decoder={self.decoder} without features: there is no decoder to start from it; "
+                "set features above 0, or decoder to null"
+            )
+        return self
+
 
 class Lessons:
     """The schedule of a memory's learning, and the queue of slots of streams that are over."""
@@ -76,11 +85,19 @@ class Lessons:
         o = self.options
         start = o.threshold if o.threshold_from is None else o.threshold_from
         threshold = start + (o.threshold - start) * min(1.0, step / o.threshold_steps)
-        negatives = self.queue if self.queue.shape[1] else None
         self.memory.learning = Learning(
-            self.reconstruct, o.tau, o.direction, o.across, o.detach_earlier, o.alpha, threshold, negatives,
-            self.gathered if o.gathered and self.context.processes > 1 else None, self.decoder, o.features,
-        )  # fmt: skip
+            reconstruct=self.reconstruct,
+            tau=o.tau,
+            direction=o.direction,
+            across=o.across,
+            detach_earlier=o.detach_earlier,
+            alpha=o.alpha,
+            threshold=threshold,
+            negatives=self.queue if self.queue.shape[1] else None,
+            gather=self.gathered if o.gathered and self.context.processes > 1 else None,
+            decode=self.decoder,
+            features=o.features,
+        )
 
     def gathered(self, x: Tensor) -> Tensor:
         """What the processes with other samples have, side by side: [L, N, ...] -> [L, P N, ...]."""
