@@ -239,6 +239,20 @@ def test_only_the_ceiling_takes_no_notice_of_a_budget():
     assert [name for name in names() if toy().with_memory(name, 0).memory.budget != 0] == ["everything"]
 
 
+@pytest.mark.parametrize("parent", ["Everything", "Ceiling"])
+def test_what_is_made_of_a_ceiling_keeps_to_its_budget_unless_it_says_otherwise_itself(parent, tmp_path):
+    path = tmp_path / "mine.py"
+    lines = ["from slotmemory.memories.everything import Everything\n"]
+    if parent == "Ceiling":
+        (tmp_path / "parent.py").write_text(lines[0] + "class Ceiling(Everything):\n    unlimited = True\n")
+        lines = [f"from slotmemory.memory import find\nCeiling = find({str(tmp_path / 'parent.py')!r})\n"]
+    path.write_text(lines[0] + f"class Mine({parent}):\n    pass\n")
+    with pytest.raises(InputError, match="memory 'mine' is given a budget of 48 .* sets none; .* unlimited = True"):
+        build(str(path), LAYOUT, 48)
+    path.write_text(lines[0] + f"class Mine({parent}):\n    unlimited = True\n")
+    assert build(str(path), LAYOUT, 48).budget is None
+
+
 def test_a_memory_that_forgets_to_set_itself_up_is_told_how(tmp_path):
     (tmp_path / "bare.py").write_text(
         "from slotmemory.memory import Memory\n"

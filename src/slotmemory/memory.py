@@ -211,7 +211,12 @@ class Memory(nn.Module):
     # says it there).
     source: str = "not stated"
     positions: str = "native"
-    unlimited: bool = False  # a ceiling, which takes no notice of a budget and sets none
+    # A ceiling, which takes no notice of a budget and sets none: the class that says so itself, and no class made of it.
+    unlimited: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.unlimited = vars(cls).get("unlimited", False)
 
     def __init__(self, layout: Layout, budget: int | None = None):
         super().__init__()
@@ -389,6 +394,7 @@ def build(name: str, layout: Layout, budget: int | None = None, **options: Any) 
         took = "sets none" if made.budget is None else f"takes {made.budget}"
         raise InputError(
             f"memory '{policy.called()}' is given a budget of {budget} tokens and {took}; "
-            "its __init__ must pass the budget on, super().__init__(layout, budget)"
+            "its __init__ must pass the budget on, super().__init__(layout, budget), or set self.budget to it; "
+            "a ceiling says so itself, unlimited = True"
         )
     return made
