@@ -113,3 +113,32 @@ def test_stages_without_a_student_have_no_plan():
 def test_a_plan_says_hours_for_its_steps():
     lines = told(Plan({"net": (10**6, 2 * 10**6)}, {"weights": 1e9}, {"all": 3.6e15}, 100), 1.0)
     assert lines[2].endswith("at 1 TFLOP/s sustained 1 steps per hour, 100.0 h for 100 steps")
+
+
+def test_a_plan_that_ends_by_the_clock_says_how_many_steps_that_is():
+    def last(minutes):
+        return told(Plan({}, {}, {"all": 3.6e13}, 200, minutes=minutes), 1.0)[2]
+
+    assert last(90).endswith("100 steps per hour, 150 of 200 steps in its 90 minutes")
+    assert last(120).endswith("2.0 h for 200 steps") and last(None) == last(120)
+
+
+def test_a_processor_is_measured_as_the_recipe_uses_it_and_a_gpu_is_assumed(monkeypatch, capsys):
+    asked, before = [], torch.get_num_threads()
+
+    def rate(device, dtype, repeats):
+        asked.append((device.type, dtype, torch.get_num_threads()))
+        return 5e10
+
+    monkeypatch.setattr("slotmemory.bench.machine.matrix_rate", rate)
+    tiny = next(path for path in RECIPES if label(path) == "tiny-ode")
+
+    def said(path, *words):
+        assert run(["train", str(path), "--dry-run", *words]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    line = said(tiny, "--set", "threads=2", "--set", "precision=bf16")
+    assert "at 0.05 TFLOP/s of a matrix product here and now (bf16, 2 threads) " in line
+    assert asked == [("cpu", torch.bfloat16, 2)] and torch.get_num_threads() == before
+    assert "at 0.2 TFLOP/s sustained " in said(tiny, "--tflops", "0.2")
+    assert "at 400 TFLOP/s sustained " in said(WAN[-1]) and len(asked) == 1

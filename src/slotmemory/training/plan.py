@@ -81,6 +81,7 @@ class Plan:
     flops: dict[str, float]
     steps: int
     shares: int = 1  # processes over which transformers are sharded
+    minutes: float | None = None  # after which it ends, however many steps were taken
 
     def steps_per_hour(self, tflops: float) -> float:
         """Steps per hour at so many sustained TFLOP/s of a process."""
@@ -103,7 +104,8 @@ def plan(recipe: Recipe) -> Plan:
     parameters = {name: count(module.parameters()) for name, module in modules.items()}
     memory = held(student, parameters, batch, shares, recipe.sequence_parallel)
     rows = batch * recipe.accumulate / recipe.sequence_parallel
-    return Plan(parameters, memory, {work.name: rows * work.flops for work in student.work()}, recipe.steps, shares)
+    flops = {work.name: rows * work.flops for work in student.work()}
+    return Plan(parameters, memory, flops, recipe.steps, shares, recipe.max_minutes)
 
 
 def count(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
@@ -168,8 +170,8 @@ def imagine(name: str) -> Engine:
     return assemble(backbone.eval().requires_grad_(False), Strides(), Told(), preset.settings())
 
 
-def told(plan: Plan, tflops: float) -> list[str]:
-    """Write a plan in three lines."""
+def told(plan: Plan, tflops: float, what: str = "sustained") -> list[str]:
+    """Write a plan in three lines; what: whose TFLOP/s of a process they are."""
 
     def amount(value: float) -> str:
         return f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"
@@ -186,8 +188,11 @@ def told(plan: Plan, tflops: float) -> list[str]:
     if plan.flops:
         pace = plan.steps_per_hour(tflops)
         shares = ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in plan.flops.items())
+        takes = f"{plan.steps / pace:.1f} h for {plan.steps} steps"
+        if plan.minutes is not None and pace * plan.minutes / 60 < plan.steps:
+            takes = f"{pace * plan.minutes / 60:.0f} of {plan.steps} steps in its {plan.minutes:g} minutes"
         lines.append(
-            f"arithmetic  {sum(plan.flops.values()) / 1e12:.3g} TFLOP per step and process ({shares}): at {tflops:g} TFLOP/s "
-            f"sustained {pace:.0f} steps per hour, {plan.steps / pace:.1f} h for {plan.steps} steps"
+            f"arithmetic  {sum(plan.flops.values()) / 1e12:.3g} TFLOP per step and process ({shares}): at {tflops:.3g} TFLOP/s "
+            f"{what} {pace:.0f} steps per hour, {takes}"
         )
     return lines
