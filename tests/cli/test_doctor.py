@@ -43,6 +43,36 @@ def test_what_the_script_asks_for_is_forecast(slotmemory, model, script):
     assert video == pytest.approx([disk.VIDEO * count / 1000 for count in pixels], rel=0.03)  # kB
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "tyni"], "slotmemory: unknown model 'tyni'; known: "),
+        (["--model", "./mine.yaml"], "slotmemory: mine.yaml: like: unknown preset 'longlve'"),
+        (["--model", "empty/"], "slotmemory: {}/empty holds no transformer"),
+    ],
+)
+def test_a_complaint_names_the_model_once(slotmemory, tmp_path, words, said):
+    (tmp_path / "mine.yaml").write_text("like: longlve\n")
+    (tmp_path / "empty").mkdir()
+    done = slotmemory("doctor", *words)
+    assert done.status == 2 and f"{words[1]}: not usable" in done.out
+    assert done.err.startswith(said.format(tmp_path)) and "model '" not in done.err.replace("unknown model '", "")
+
+
+def test_a_complaint_that_does_not_say_of_which_model_is_told_it(slotmemory, monkeypatch):
+    def refuse(*_):
+        raise InputError("its tokenizer is damaged")
+
+    monkeypatch.setattr("slotmemory.cli.doctor._model", refuse)
+    assert slotmemory("doctor", "--model", "tiny").err == "slotmemory: model 'tiny': its tokenizer is damaged\n"
+
+
+def test_what_is_wrong_with_the_memory_of_a_job_is_no_fault_of_the_model(slotmemory, model, script):
+    done = slotmemory("doctor", script, "--model", model, "--memory", "sink", "-m", "windov=6")
+    assert done.status == 2 and "checksum" in done.out and "not usable" not in done.out
+    assert done.err == "slotmemory: unknown argument of memory 'sink' 'windov'; did you mean 'window'?\n"
+
+
 def test_a_preset_that_is_not_here_is_forecast_and_not_fetched(slotmemory, script, monkeypatch, free):
     pytest.importorskip("diffusers", reason="the Wan VAE needs diffusers: pip install 'slotmemory[wan]'")
     monkeypatch.setattr("slotmemory.checkpoints.hub.cached", lambda address: None)

@@ -50,14 +50,20 @@ def doctor(
     for name, value in _machine(options):
         _row(name, value)
     try:
-        for name, value in _model(options):
-            _row(name, value)
-        if told is not None:
-            for name, value in _job(options, told, told.title or script.name, trial):
-                _row(name, value)
+        found = _model(options)
     except InputError as error:
         _row("model", f"{options.model}: not usable")
-        raise InputError(f"model '{options.model}': {error}") from error
+        raise InputError(_of_model(options.model, str(error))) from error
+    for name, value in found:
+        _row(name, value)
+    if told is not None:
+        for name, value in _job(options, told, told.title or script.name, trial):
+            _row(name, value)
+
+
+def _of_model(model: str, said: str) -> str:
+    """A complaint about a model; some name it or its file already."""
+    return said if model in said or str(Path(model)) in said else f"model '{model}': {said}"
 
 
 def _row(name: str, value: str) -> None:
