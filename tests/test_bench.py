@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slotmemory.bench import Plan, Row, case, cases, measure, plot, write
+from slotmemory.bench import Folder, Plan, Row, case, cases, measure, plot, table, write
 from slotmemory.bench.picture import colour as colour_of
 from slotmemory.bench.picture import step
 from slotmemory.bench.streams import ratio
@@ -94,6 +94,15 @@ def test_between_the_moments_chunks_take_one_denoising_step(monkeypatch):
     )
     measure(engine, [case(engine, "none", None)], Plan(2, 1, 5), PROMPTS)
     assert steps[::2] == [(1000,), (1000,), (1000, 500), (1000,), (1000, 500)]
+    assert Plan(2, 1, 5).passes(engine, 5) == sum(map(len, steps[::2])) + 5  # and a clean one for each
+
+
+def test_a_row_says_where_its_start_was_and_how_full_its_memory_was_there():
+    engine, budget = toy(), 10 * PER_FRAME
+    early, late = (measure(engine, cases(engine, ["sink"], [budget]), Plan(at, 1, 8), PROMPTS)[0] for at in (1, 6))
+    seconds = engine.layout.seconds
+    assert (early.start_s, early.note) == (seconds(1), f"it read {3 * PER_FRAME} tokens at the start")
+    assert (late.start_s, late.note) == (seconds(6), "")
 
 
 def test_growth_is_what_is_left_when_the_machines_own_slowing_is_divided_out():
@@ -114,8 +123,59 @@ def test_rows_are_written_as_json_and_csv_and_drawn(tmp_path):
         ("new", "32", ""),
     ]
     image = Image.open(tmp_path / "bench.png").convert("RGB")
+    assert "chunk ms at 60 s" in [column.header for column in table(rows, 60.0).columns]
     colours = {colour for _, colour in image.getcolors(10**6)}
     assert {colour_of(i) for i in range(2)} <= colours  # in the legend at least
+
+
+SETTINGS = {"model": "toy", "threads": 1}
+
+
+def test_a_folder_keeps_the_races_before_and_tells_which_are_missing(tmp_path):
+    Folder.open(tmp_path, SETTINGS, ["sink", "none"]).add([Row("sink", None, 7), Row("none", None, 0)])
+    folder = Folder.open(tmp_path, SETTINGS, ["none", "sink"])  # a table begins with what was asked for first
+    assert not folder.lacks(None, ["sink", "none"]) and not folder.lacks(None, ["none"])
+    assert folder.lacks(64, ["none"]) and folder.lacks(None, ["none", "sink", "window"])
+    folder.add([Row("none", 64, 0)])
+    folder.add([Row("none", 32, 0), Row("sink", 32, 32)])
+    folder.add([Row("none", 64, 1)])  # in place of the one before
+    rows = Folder.open(tmp_path, SETTINGS, ["none"]).rows
+    listed = [("none", 32, 0), ("none", 64, 1), ("none", None, 0), ("sink", 32, 32), ("sink", None, 7)]
+    assert [(row.memory, row.budget, row.attended) for row in rows] == listed
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.csv", "bench.png"}
+
+
+def test_a_race_is_not_replaced_by_one_without_its_memories(tmp_path):
+    folder = Folder.open(tmp_path, SETTINGS, ["sink", "none"])
+    folder.add([Row("sink", 32), Row("none", 32)])
+    with pytest.raises(InputError, match="holds a race of sink, none at budget 32, .* --memories sink,none,window, or"):
+        folder.lacks(32, ["none", "window"])
+
+
+def test_races_of_other_settings_or_of_a_memory_that_was_changed_are_never_mixed(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("from slotmemory.memories.window import Window\nclass Own(Window):\n    pass\n")
+    names = ["sink", str(own)]
+    Folder.open(tmp_path, SETTINGS, names).add([Row(name, 32) for name in names])
+    before = (tmp_path / "bench.json").read_bytes()
+    with pytest.raises(
+        InputError, match=r"other settings: threads 1 \(now 2\), steps None \(now 4\); .* another --out"
+    ):
+        Folder.open(tmp_path, SETTINGS | {"threads": 2, "steps": 4}, ["sink"])
+    own.write_text(own.read_text() + "    replays = 1\n")
+    with pytest.raises(InputError, match=r"other settings: the code of .*own\.py; "):
+        Folder.open(tmp_path, SETTINGS, names)
+    assert not Folder.open(tmp_path, SETTINGS, ["sink"]).lacks(32, ["sink"])  # which the change is nothing to
+    assert (tmp_path / "bench.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"settings": {}, "rows": []}', '{"settings": {"code": {}}, "rows": [{}]}']
+)
+def test_a_file_that_is_not_of_this_version_is_refused(tmp_path, text):
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(InputError, match="was not written by this version of `slotmemory bench`; choose another --out"):
+        Folder.open(tmp_path, SETTINGS, ["sink"])
 
 
 @pytest.mark.parametrize("most, expected", [(0, 1.0), (5.3, 1.0), (4680, 1000.0), (0.07, 0.02), (1.0, 0.2), (12, 2.0)])

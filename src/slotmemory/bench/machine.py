@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,18 @@ import torch
 from slotmemory.backbones.causal_wan import WanConfig
 
 MATRIX = {"cuda": 8192, "cpu": 1024}  # side of the square matrices whose product is timed
+
+
+def hardware(device: torch.device) -> str:
+    """What computes, by its maker's name where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 def synchronised(device: torch.device) -> float:

@@ -15,15 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from slotmemory.bench.streams import Row
+from slotmemory.errors import InputError
 from slotmemory.tree import atomic_file
 
 
-def table(rows: Sequence[Row], moments: tuple[float, float]) -> Table:
-    """Rows for a terminal; moments: seconds of video at which chunks were timed."""
+def table(rows: Sequence[Row], end: float) -> Table:
+    """Rows for a terminal; end: seconds of video at which the last chunks were timed."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     found.add_column("memory", no_wrap=True)
-    start, end = (f"chunk ms at {seconds:.0f} s" for seconds in moments)
-    for title in ("budget", "attended", "held MB", "read ms", "write ms", "update ms", start, end, "growth"):
+    costs = ("budget", "attended", "held MB", "read ms", "write ms", "update ms")
+    for title in (*costs, "start s", "chunk ms then", f"chunk ms at {end:.0f} s", "growth"):
         found.add_column(title, justify="right")
     found.add_column("note", overflow="fold")
     last = None
@@ -35,6 +36,7 @@ def table(rows: Sequence[Row], moments: tuple[float, float]) -> Table:
             _number(row.attended, "d"),
             _number(None if row.held_bytes is None else row.held_bytes / 1e6, ".2f"),
             *(_number(value, ".2f") for value in times),
+            _number(row.start_s, ".0f"),
             _number(row.start_ms, ".1f"),
             _number(row.end_ms, ".1f"),
             _number(row.growth, ".2f"),
@@ -62,3 +64,22 @@ def write(rows: Sequence[Row], settings: Mapping[str, Any], folder: Path) -> lis
             file.write(text.encode())
         made.append(folder / name)
     return made
+
+
+def read(folder: Path) -> tuple[list[Row], dict[str, Any]] | None:
+    """Rows and settings of a bench.json; None where there is none. Raises InputError for one that is not of this version."""
+    path = folder / "bench.json"
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        rows, settings = [Row(**row) for row in whole["rows"]], whole["settings"]
+        if not isinstance(settings["code"], dict):
+            raise TypeError
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError.from_os("read", path, error) from error
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} was not written by this version of `slotmemory bench`; choose another --out"
+        ) from None
+    return rows, settings

@@ -1,8 +1,8 @@
 """Streams of many memories beside each other: what a chunk costs with each, and whether that grows with the video.
 
-All streams take turns chunk by chunk in one process, and nobody always comes first, so that a busy machine slows all
-alike. One stream has no memory: how much slower it got between start and end is the machine's doing, and is divided out
-of everybody's growth. Between the two moments that are timed, chunks are made in a single denoising step.
+All streams of a race take turns chunk by chunk in one process, and nobody always comes first, so that a busy machine
+slows all alike. One stream has no memory: how much slower it got between start and end is the machine's doing, and is
+divided out of everybody's growth. Between the two moments that are timed, chunks are made in a single denoising step.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ MARGIN = 2  # chunks after which a memory of so many tokens is surely full
 class Row:
     """What one memory at one budget cost. Times in milliseconds per chunk, medians, all layers together.
 
-    attended: most tokens of memory that a layer read; growth: chunk time at the end over that at the start, less what
-    the stream without memory slowed down by; note: what has to be known to read the row, or why it is empty.
+    attended: most tokens of memory that a layer read; start_s: seconds of video at the start; growth: chunk time at the
+    end over that at the start, less what the stream without memory slowed down by; note: what has to be known to read
+    the row, or why it is empty.
     """
 
     memory: str
@@ -44,6 +45,7 @@ class Row:
     read_ms: float | None = None
     write_ms: float | None = None
     update_ms: float | None = None
+    start_s: float | None = None
     start_ms: float | None = None
     end_ms: float | None = None
     growth: float | None = None
@@ -69,7 +71,7 @@ class Stream:
     def __init__(self, case: Case, prompts: Mapping[int, str]):
         self.case = case
         self.spent = dict.fromkeys(CALLS, 0.0)
-        self.attended, self.fault = 0, ""
+        self.attended, self.at_start, self.fault = 0, 0, ""
         self.times: dict[str, list[float]] = {"start": [], "end": []}
         self.calls: dict[str, list[float]] = {name: [] for name in CALLS}
         watched = Watched(case.engine.memory, self._around)
@@ -99,10 +101,12 @@ class Stream:
             return
         if moment:
             self.times[moment].append(1000 * (clock(self.engine.device) - begun))
+            if moment == "start":
+                self.at_start = self.attended
             for name in CALLS:
                 self.calls[name].append(1000 * self.spent[name])
 
-    def row(self, control: Stream) -> Row:
+    def row(self, control: Stream, start_s: float) -> Row:
         empty = Row(self.case.memory, self.case.budget, note=self.fault)
         if self.fault:
             return empty
@@ -110,6 +114,8 @@ class Stream:
         if not note and limit is not None and self.attended + self.engine.layout.tokens_per_frame <= limit:
             held = tokens_of(layers[0] for _, layers in banks(self.session.state))
             note = f"it holds {held} tokens" if held > self.attended else "it reads less than it may"
+        if not note and self.at_start < self.attended:
+            note = f"it read {self.at_start} tokens at the start"
         start, end = (statistics.median(self.times[moment]) for moment in ("start", "end"))
         read, write, update = (statistics.median(self.calls[name]) for name in CALLS)
         growth = ratio(self.times["end"], control.times["end"]) / ratio(self.times["start"], control.times["start"])
@@ -120,6 +126,7 @@ class Stream:
             read_ms=read,
             write_ms=write,
             update_ms=update,
+            start_s=start_s,
             start_ms=start,
             end_ms=end,
             growth=growth,
@@ -142,7 +149,7 @@ class Plan:
 
     @classmethod
     def of(cls, engine: Engine, budgets: Sequence[int | None], seconds: float, timed: int) -> Plan:
-        """The start is where the largest budget is full, so that filling up does not look like growth."""
+        """The start is where the largest of the budgets is full, so that filling up does not look like growth."""
         total = engine.layout.chunks(seconds)
         if total < 2 * timed:
             raise InputError(
@@ -158,9 +165,10 @@ class Plan:
             return "start"
         return "end" if chunk >= self.total - self.timed else None
 
-    def seconds(self, engine: Engine) -> tuple[float, float]:
-        """Of video, at the first timed chunk and at the end."""
-        return engine.layout.seconds(self.first), engine.layout.seconds(self.total)
+    def passes(self, engine: Engine, chunks: int) -> int:
+        """Of the transformer in a stream's first `chunks`: those that denoise, and a clean one per chunk."""
+        timed = sum(self.moment(chunk) is not None for chunk in range(chunks))
+        return 2 * chunks + (len(engine.sampler.timesteps) - 1) * timed
 
 
 def measure(
@@ -168,9 +176,9 @@ def measure(
     listed: Sequence[Case],
     plan: Plan,
     prompts: Sequence[str],
-    told: Callable[[int], None] = lambda chunk: None,
+    told: Callable[[int], None] = lambda chunks: None,
 ) -> list[Row]:
-    """Run all cases side by side -> a row for each, in the order given. `told` hears the number of chunks done."""
+    """Run one race, all cases side by side -> a row for each, in the order given. `told` hears the number of turns done."""
     starts = range(0, plan.total, SHOT_CHUNKS)
     script = dict(zip(starts, itertools.cycle(prompts)))
     control = Stream(case(engine, CONTROL, None), script)
@@ -181,7 +189,8 @@ def measure(
         for stream in racing[first:] + racing[:first]:
             stream.step(plan.moment(chunk))
         told(chunk + 1)
+    start_s = engine.layout.seconds(plan.first)
     return [
-        stream.row(control) if stream else Row(each.memory, each.budget, note=shorten(each.reason, 200))
+        stream.row(control, start_s) if stream else Row(each.memory, each.budget, note=shorten(each.reason, 200))
         for each, stream in zip(listed, streams)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,44 +16,64 @@ from slotmemory.script import Schedule
 QUIET_SECONDS = 10.0  # between plain lines
 
 
-class Progress:
-    """Reports chunk, shot, frames per second and time left; `pace` is the frames per second of this process."""
+class Shown:
+    """A line of text about how much of a whole is done: under a bar on a terminal, by itself now and then elsewhere."""
 
-    def __init__(self, schedule: Schedule, done: int, console: Console | None = None) -> None:
-        self.schedule, self.done, self.first = schedule, done, done
+    def __init__(
+        self, total: float, done: float, waiting: str, quiet: float = QUIET_SECONDS, console: Console | None = None
+    ) -> None:
+        """waiting: the bar's line until there is another; quiet: seconds between plain lines."""
         self.console = console or Console(stderr=True)
-        self.frames = 0
-        self.pace: float | None = None
-        self.started = self.told = time.monotonic()
+        self.quiet = quiet
+        self.told = time.monotonic()
         self.bar: Bar | None = None
         if self.console.is_terminal:
             line = Column(no_wrap=True, overflow="ellipsis")
             columns = (BarColumn(bar_width=30), TextColumn("{task.description}", table_column=line))
             self.bar = Bar(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("the first chunk is being made ...", total=schedule.chunks, completed=done)
+            self.task = self.bar.add_task(waiting, total=total, completed=done)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.bar is not None:
             self.bar.start()
-        self.started = self.told = time.monotonic()
+        self.told = time.monotonic()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.bar is not None:
             self.bar.stop()
 
+    def tell(self, done: float, line: str, aside: str = "", at_once: bool = False) -> None:
+        """aside: what only the bar has room for."""
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, description=f"{line}{aside}")
+        elif at_once or now - self.told >= self.quiet:
+            self.told = now
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class Progress(Shown):
+    """Reports chunk, shot, frames per second and time left; `pace` is the frames per second of this process."""
+
+    def __init__(self, schedule: Schedule, done: int, console: Console | None = None) -> None:
+        super().__init__(schedule.chunks, done, "the first chunk is being made ...", console=console)
+        self.schedule, self.done, self.first = schedule, done, done
+        self.frames = 0
+        self.pace: float | None = None
+        self.started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.started = time.monotonic()
+        return super().__enter__()
+
     def chunk(self, shot: int, frames: int) -> None:
         """Count one more chunk."""
-        now = time.monotonic()
         self.done += 1
         self.frames += frames
-        self.pace = self.frames / max(now - self.started, 1e-6)
-        if self.bar is not None:
-            prompt = escape(self.schedule.script.shots[shot].prompt)
-            self.bar.update(self.task, completed=self.done, description=f"{self.line(shot)}  [dim]{prompt}")
-        elif self.done in (self.first + 1, self.schedule.chunks) or now - self.told >= QUIET_SECONDS:
-            self.told = now
-            self.console.print(self.line(shot), highlight=False, soft_wrap=True)
+        self.pace = self.frames / max(time.monotonic() - self.started, 1e-6)
+        ends = self.done in (self.first + 1, self.schedule.chunks)
+        self.tell(self.done, self.line(shot), f"  [dim]{escape(self.schedule.script.shots[shot].prompt)}", ends)
 
     def line(self, shot: int) -> str:
         left = (self.schedule.frames - self.schedule.layout.chunk_frames(self.done).start) / self.pace
