@@ -25,15 +25,15 @@ def shapes(name):
     return models.load(name, torch.device("meta"), torch.float32)
 
 
-def policy(engine, memory, **options):
-    return memories.build(memory, engine.layout, None, **engine.defaults_for(memory, options))
+def policy(engine, memory, budget=None, **options):
+    return memories.build(memory, engine.layout, budget, **engine.defaults_for(memory, options))
 
 
-def measured(engine, batch=1):
+def measured(engine, batch=1, chunks=CHUNKS):
     """The most bytes that tensors hold while a stream is made, its weights left out."""
     session = engine.session(SCRIPT, list(range(batch)))
     with torch.no_grad(), Watch() as watch:
-        for _ in range(CHUNKS):
+        for _ in range(chunks):
             session.step()
     return watch.peak
 
@@ -45,6 +45,14 @@ def test_a_forecast_is_within_a_tenth_of_what_a_stream_takes(name, shapes, memor
     streaming = found.streaming - found.parts["weights"]
     assert streaming == pytest.approx(measured(engine), rel=0.1)
     assert found.parts["weights"] == sum(t.nbytes for m in engine.modules for t in (*m.parameters(), *m.buffers()))
+
+
+@pytest.mark.parametrize("memory", ["sink", "slots", "narrative", "rolling_sink"])
+def test_a_budget_that_a_short_video_cannot_fill_is_not_counted_whole(name, shapes, memory):
+    engine = Engine.from_pretrained(name, memory, budget=10_000, dtype=torch.float32)
+    found = predict(shapes, policy(shapes, memory, 10_000), 3)
+    assert found.tokens == 3 * engine.layout.tokens_per_chunk
+    assert 1 <= (found.streaming - found.parts["weights"]) / measured(engine, chunks=3) < 1.15
 
 
 @pytest.mark.parametrize("sizes, batch", [({"height": 64, "width": 96}, 1), ({"frames_per_chunk": 1}, 1), ({}, 3)])

@@ -1,8 +1,8 @@
 """How much memory a job will take, before it starts: the real network is run on shapes alone, and its tensors counted.
 
 An engine whose weights are on the `meta` device computes shapes and no numbers; every tensor that a pass, a clean pass
-or a decode would hold is seen and counted. What a memory holds is counted from its budget. It knows nothing of devices:
-what is free is asked of whoever refuses.
+or a decode would hold is seen and counted. What a memory holds is counted from its budget, or from the video where that is
+too short to fill it. It knows nothing of devices: what is free is asked of whoever refuses.
 
 Not counted: the allocator's rounding, and the workspaces of convolutions and matrix products.
 """
@@ -131,9 +131,10 @@ def predict(engine: Engine, memory: Memory, chunks: int, batch: int = 1, text: i
     layout, width = engine.layout, engine.dtype.itemsize
     backbone, codec = engine.modules[0], engine.codec
     weights = bytes_of(t for module in engine.modules for t in (*module.parameters(), *module.buffers()))
-    tokens = memory.budget
-    if tokens is None:  # a memory without a budget of its own may end up with all of the video but its last chunk
+    if memory.budget is None:  # it may end up with all of the video but its last chunk
         tokens = layout.tokens((chunks - 1) * layout.frames_per_chunk)
+    else:  # a short video does not fill a budget; its last chunk makes up for frames kept twice and tokens of a memory's own
+        tokens = min(memory.budget, layout.tokens(chunks * layout.frames_per_chunk))
 
     with torch.device("meta"):
         frames = layout.frames_per_chunk
