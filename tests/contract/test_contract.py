@@ -15,6 +15,7 @@ VARIANTS = [
     ("window", dict(placing="relative")),
     ("sink", dict(recache=True, global_sink=False)),
     ("slots", dict(top_k=2, overlap=False, store="balanced", standardise=True, placing="capped", reach=9)),
+    ("slots", dict(evict="redundancy", bank=2, record_every=1, floor=1)),
     ("slots", dict(sink=0, exclusive=False, text_by="key", store="all", placing="relative")),
     ("narrative", dict(active=2, sink=2, recache=False, placing="relative")),
     ("infinity", dict(cuts="all", flush=1)),

@@ -199,6 +199,7 @@ def test_random_retrieval_reads_what_was_drawn_when_the_chunk_was_written():
         (dict(grouping="oracle", masks="no/such.npz"), "cannot read masks no/such.npz: no such file or folder"),
         (dict(merge=1.5), "merge=1.5 is no cosine from 0 to 1"),
         (dict(identify=-0.1), "identify=-0.1 is no cosine from 0 to 1"),
+        (dict(evict="redundant"), "unknown evict 'redundant'; did you mean 'redundancy'"),
         (dict(floor=-1), "floor=-1 is too small; use 0 or more"),
     ],
 )

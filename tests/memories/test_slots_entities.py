@@ -155,7 +155,8 @@ def one_against(floor, **options):
         sign = -1 if chunk == 0 else 1
 
         def change(seen, layer, sign=sign):
-            return seen._replace(text_query=(sign * words).expand_as(seen.text_query))
+            looks = seen.hidden.unflatten(-1, (LAYOUT.heads, LAYOUT.head_dim))
+            return seen._replace(text_query=(sign * words).expand_as(seen.text_query), values=looks)
 
         state = tell(memory, state, scene(chunk, shown, text=text, change=change))
     return items(state["slots"][0]), active(state)
@@ -189,10 +190,22 @@ def test_a_floor_larger_than_the_bank_still_fits_into_it():
     assert [state["slots"][0].items for state in told(memory, *[THREE] * 5)] == [4, 8, 8, 8, 8]
 
 
+# covering
+
+
+def test_who_is_away_outlives_the_relevance_of_those_who_are_seen_again_and_again():
+    kept, present = one_against(0, evict="redundancy")
+    assert {owner for _, owner in kept} == {0, 1} and len(kept) == 4
+    assert [item for item in kept if item[1] not in present] == [(0, 1 - present[0])]
+    assert (8, present[0]) in kept  # what was just written stays as it does by relevance
+
+
 # rows of a batch
 
 
-@pytest.mark.parametrize("options", [dict(standardise=True), dict(retrieval="random")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(standardise=True), dict(retrieval="random"), dict(evict="redundancy")], ids=str
+)
 def test_rows_with_different_numbers_of_entities_hold_what_each_holds_alone(options):
     options = {**CLUSTERS, **options, "bank": 2, "floor": 1}
     scenes = [(ONE, THREE), (TWO, THREE), (THREE, ONE), (ONE, ONE), (TWO, OTHER)]

@@ -39,6 +39,8 @@ Beyond the paper, all off by default (its stated limits, 4.4; `slots/entities.py
   appears takes the identity of the most similar item in the bank, else a new one is born; one that disappears stays in
   the bank. With `merge` or `identify`, a slot merged away or with less than 1 / (4 S) of the chunk stores nothing.
 - `floor`: the newest items of every owner that others cannot push out of the bank, as long as floors fit into it.
+- `evict="redundancy"`: over capacity, of the two items most alike the less relevant leaves, so that the bank covers what
+  was seen. Relevance alone evicts whoever is away, for the prompt does not name them (`slots/redundancy.py`).
 """
 
 from __future__ import annotations
@@ -61,10 +63,12 @@ from slotmemory.slots import Grouper, LayerAdapters, measure, select
 from slotmemory.slots.entities import Merged, identify, merge, whole
 from slotmemory.slots.groupings import cells, dice, kmeans, labelled, ranked, shuffled
 from slotmemory.slots.learning import Learning, Lesson, losses
+from slotmemory.slots.redundancy import covering
 
 STORES = {"first": "first", "balanced": "balanced", "all": None}
 GROUPINGS = ("learned", "shuffled", "kmeans", "grid", "oracle")
 RETRIEVALS = ("relevance", "text", "visual", "random")
+EVICTIONS = ("relevance", "redundancy")
 
 
 class Slots(Sink):
@@ -73,7 +77,7 @@ class Slots(Sink):
     slots, slot_dim: how many entities and how wide their vectors; tokens_per_slot: tokens of an item; bank: records
     kept; record_every: chunks between records; text_weight: the text's share of relevance; top_k: items read;
     attn_scale: see `slots.Predictor`; weights: trained ones, see `Engine.with_memory`. grouping, masks, retrieval, seed:
-    ablations; merge, identify, floor: dynamic slots, 0 is off.
+    ablations; merge, identify, floor: dynamic slots, 0 is off; evict: who leaves a full bank.
     """
 
     source = "SlotMemory (arXiv 2605.31033)"
@@ -105,6 +109,7 @@ class Slots(Sink):
         merge: float = 0.0,
         identify: float = 0.0,
         floor: int = 0,
+        evict: str = EVICTIONS[0],
         **options,
     ):
         for name, value, known in (
@@ -112,6 +117,7 @@ class Slots(Sink):
             ("text_by", text_by, ("query", "key")),
             ("grouping", grouping, GROUPINGS),
             ("retrieval", retrieval, RETRIEVALS),
+            ("evict", evict, EVICTIONS),
         ):
             if value not in known:
                 raise InputError(unknown(name, value, known))
@@ -148,7 +154,7 @@ class Slots(Sink):
         self.text_weight = {"text": 1.0, "visual": 0.0}.get(retrieval, text_weight)
         self.text_by, self.standardise, self.top_k = text_by, standardise, top_k
         self.grouping, self.retrieval, self.seed = grouping, retrieval, seed
-        self.merge, self.identify, self.floor = merge, identify, floor
+        self.merge, self.identify, self.floor, self.evict = merge, identify, floor, evict
         self.slotted, self.dynamic = grouping in ("learned", "shuffled"), bool(merge or identify)
         self.register_buffer("cells", cells(layout.grid, slots), persistent=False)
         self.register_buffer("masks", load_masks(masks, layout) if masks else None, persistent=False)
@@ -359,7 +365,11 @@ class Slots(Sink):
         counted = real(bank) & bank.score.isfinite()
         newer = (bank.owner[:, :, None] == bank.owner[:, None]) & counted[:, None]  # items are in order of writing
         floored = counted & (newer.triu(1).sum(-1) < self.floor)
-        return best(bank, torch.where(bank.born == now.frame, 2, floored.long()), self.capacity)
+        rank = torch.where(bank.born == now.frame, 3, 2 * floored)
+        if self.evict == "redundancy":
+            looks = bank.values.float().mean(2).flatten(2)
+            rank = rank.clamp_min(covering(looks, bank.score, real(bank), rank == 0, self.capacity).long())
+        return best(bank, rank, self.capacity)
 
     # what is seen from outside
 
