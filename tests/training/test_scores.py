@@ -16,7 +16,7 @@ def recorded(name: str) -> torch.Tensor:
 
 
 def real() -> torch.Tensor:
-    return scores.guide(recorded("pred_real_cond"), recorded("pred_real_uncond"), 3.0)
+    return scores.guide(recorded("pred_real_cond"), (3.0, recorded("pred_real_uncond")))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -44,7 +44,7 @@ def test_matching_losses_and_what_they_tell_the_generator_are_as_recorded(case):
     x = recorded("generated").clone().requires_grad_()
     fake, mask = recorded("pred_fake_cond"), None
     if case == "fakecfg":
-        fake = scores.guide(fake, recorded("pred_fake_uncond"), 1.5)
+        fake = scores.guide(fake, (1.5, recorded("pred_fake_uncond")))
     if case == "mask_last3":
         mask = torch.tensor([[False, True, True, True]]).expand(2, -1)
     gradient = scores.kl_gradient(x.detach(), fake, real())
@@ -73,6 +73,12 @@ def test_matching_by_hand():
     loss = scores.matching_loss(x, gradient)
     loss.backward()
     assert loss.item() == 1.0 and x.grad.flatten().tolist() == [1.0, 0.0]  # 0.5 (4 + 0) / 2; gradient / 2
+
+
+def test_guidance_leads_away_from_all_that_it_is_given():
+    x, negative, alone = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 2.0]), torch.tensor([1.0, 4.0])
+    assert scores.guide(x).tolist() == [1.0, 2.0]
+    assert scores.guide(x, (3.0, negative), (0.5, alone)).tolist() == [4.0, 1.0]
 
 
 def test_nothing_is_left_to_follow_where_a_clip_is_what_the_teacher_predicts():
@@ -150,18 +156,16 @@ def test_a_causal_score_is_shown_places_levels_and_prompts_row_by_row(negative):
     assert told[10:] == (rows if negative is None else [""] * 6)
 
 
-def test_a_negative_score_without_a_past_is_shown_the_noised_rows_alone():
+def test_a_score_without_a_past_is_shown_the_noised_rows_alone():
     given = clip(10, 2, 3, batch=2)
-    view = scores.Causal(3, 2, context_noise=0.1, negative_past=False)
+    view = scores.Causal(3, 2, context_noise=0.1)
     network, text = Recorder(), Numbered()
-    noisy, times, past = torch.full((6, 3, 1, 2, 2), 7.0), torch.arange(6) * 100.0, torch.ones(view.past_shape(given))
-    flow = view.flow(network, text, given, noisy, times, "", past)
+    noisy, times = torch.full((6, 3, 1, 2, 2), 7.0), torch.arange(6) * 100.0
+    flow = view.flow(network, text, given, noisy, times, "", None)
     latents, levels, keys, frames, pattern = network.given
     assert torch.equal(flow, noisy) and torch.equal(latents, noisy) and pattern is None
     assert levels[:, 0].tolist() == times.tolist() and frames[:, 0].tolist() == [36, 39, 42] * 2
     assert [text.met[int(i)] for i in keys[0][0].flatten()] == [""] * 6
-    view.flow(network, text, given, noisy, times, None, past)
-    assert len(network.given[0]) == 16  # the score under the prompt itself sees its past
 
 
 def test_a_joint_score_sees_whole_clips_and_counts_new_frames_only():

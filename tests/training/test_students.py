@@ -53,8 +53,8 @@ def test_generator_steps_teach_both_and_critic_steps_the_critic_alone(micro, oth
 
 
 def test_a_joint_score_cannot_leave_its_past_out():
-    with pytest.raises(ValueError, match="negative_past=false needs score=causal"):
-        distribution_matching.Options(score="joint", negative_past=False)
+    with pytest.raises(ValueError, match="past_guidance needs score=causal"):
+        distribution_matching.Options(score="joint", past_guidance=0.5)
 
 
 def test_generator_and_critic_updates_are_counted_apart(micro, other):

@@ -45,9 +45,10 @@ class Options(StudentOptions):
         "causal",
         description="scores see chunk after chunk, each with its clean past; or whole clips, all frames at once",
     )
-    negative_past: bool = Field(
-        True,
-        description="causal scores: the negative score sees the past too; false: guidance leads towards the past as well",
+    past_guidance: float = Field(
+        0.0,
+        ge=0,
+        description="teacher, causal scores: past_guidance (conditional - the same without its past) beside that",
     )
     seen: int = Field(2, ge=0, description="past chunks that a causal score sees beside the first of the stream")
     lowest: float = Field(20.0, description="smallest timestep of a score, of 1000")
@@ -65,10 +66,8 @@ class Options(StudentOptions):
     def _possible(self) -> Options:
         if "mutated_bank" in self.compat and not self.recompute:
             raise ValueError("compat=mutated_bank shows only where passes are computed again; set recompute: true")
-        if not self.negative_past and self.score == "joint":
-            raise ValueError(
-                "negative_past=false needs score=causal; a joint score has no past of its own to leave out"
-            )
+        if self.past_guidance and self.score == "joint":
+            raise ValueError("past_guidance needs score=causal; a joint score has no past of its own to leave out")
         return self
 
 
@@ -95,8 +94,7 @@ class Objective(Student):
         self.looked_up = FlowSchedule(8.0) if "score_shift" in options.compat else self.schedule
         self.view: scores.View = scores.Joint()
         if options.score == "causal":
-            noise = self.engine.context_noise
-            self.view = scores.Causal(layout.frames_per_chunk, options.seen, noise, options.negative_past)
+            self.view = scores.Causal(layout.frames_per_chunk, options.seen, self.engine.context_noise)
         self.told: list[str] = []
 
     # what is trained
@@ -144,8 +142,12 @@ class Objective(Student):
         with torch.no_grad():
             fake = self.predicted(self.fake, clip, given)
             real = self.predicted(self.teacher, clip, given)
+            away = []
             if o.guidance:
-                real = scores.guide(real, self.predicted(self.teacher, clip, given, self.negative), o.guidance)
+                away.append((o.guidance, self.predicted(self.teacher, clip, given, self.negative)))
+            if o.past_guidance:
+                away.append((o.past_guidance, self.predicted(self.teacher, clip, given, past=False)))
+            real = scores.guide(real, *away)
             gradient = scores.kl_gradient(given.rows.detach(), fake, real)
         loss = scores.matching_loss(given.rows, gradient, self.view.mask(clip)).float()
         return loss, {"matching": loss.detach(), "difference": (fake - real).abs().mean()}
@@ -160,8 +162,10 @@ class Objective(Student):
         o = self.options
         return scores.noised(clip, self.view, self.schedule, random, lowest=o.lowest, highest=o.highest)
 
-    def predicted(self, network: Cast, clip: Clip, given: scores.Noised, negative: str | None = None) -> Tensor:
-        return scores.predicted(network, self.view, self.text, clip, given, self.looked_up, negative)
+    def predicted(
+        self, network: Cast, clip: Clip, given: scores.Noised, negative: str | None = None, past: bool = True
+    ) -> Tensor:
+        return scores.predicted(network, self.view, self.text, clip, given, self.looked_up, negative, past)
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         self.student.refresh()

@@ -23,9 +23,10 @@ from slotmemory.training.rollout import Clip
 # losses
 
 
-def guide(conditional: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Lead a prediction away from that under a negative prompt; scale 3 is what others call a guidance of 4."""
-    return conditional + scale * (conditional - negative)
+def guide(conditional: Tensor, *away: tuple[float, Tensor]) -> Tensor:
+    """Lead a prediction away from others, (scale, prediction) each: that under a negative prompt, scale 3 is what others
+    call a guidance of 4; that without the past."""
+    return conditional + sum(scale * (conditional - other) for scale, other in away)
 
 
 def kl_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
@@ -83,11 +84,11 @@ class View(Protocol):
         noisy: Tensor,
         timesteps: Tensor,
         negative: str | None,
-        past: Tensor,
+        past: Tensor | None,
     ) -> Tensor:
         """The network's flow for noised rows at timesteps [R]; negative: a prompt in place of the rows' own.
 
-        past: noise for what is shown as a past, in the shape of `past_shape`."""
+        past: noise for what is shown as a past, in the shape of `past_shape`; none: causal scores are shown no past."""
         ...
 
     def past_shape(self, clip: Clip) -> tuple[int, ...]: ...
@@ -130,7 +131,7 @@ class Joint:
         noisy: Tensor,
         timesteps: Tensor,
         negative: str | None,
-        past: Tensor,
+        past: Tensor | None,
     ) -> Tensor:
         prompts = self.prompts(clip) if negative is None else [negative] * len(noisy)
         frames = torch.arange(noisy.shape[1], device=noisy.device)
@@ -146,15 +147,11 @@ class Causal:
     chunk, which stands just before the clip where it is further away. What is seen carries `context_noise` (sigma), as in
     a stream. The KL divergence of whole videos is the sum of those of chunks given their past, so nothing is lost but
     what a joint score would say against the past itself.
-
-    A negative score that sees the past too leads only away from another prompt. Without it (`negative_past` False) it
-    leads away from what could have been at any time, towards prompt and past.
     """
 
     length: int = 3
     seen: int = 2
     context_noise: float = 0.0
-    negative_past: bool = True
 
     def rows(self, clip: Clip) -> Tensor:
         return clip.new.unflatten(1, (-1, self.length)).flatten(0, 1)
@@ -182,7 +179,7 @@ class Causal:
         noisy: Tensor,
         timesteps: Tensor,
         negative: str | None,
-        past: Tensor,
+        past: Tensor | None,
     ) -> Tensor:
         """Rows of one pass: per stream the clean chunks that others see, then all noised ones."""
         device, batch, length = noisy.device, len(clip.latents), self.length
@@ -191,7 +188,7 @@ class Causal:
         inside = torch.arange(length, device=device)
         own_starts = starts[clip.past // length :].repeat(batch)
         own = self.prompts(clip) if negative is None else [negative] * len(noisy)
-        if negative is not None and not self.negative_past:
+        if past is None:
             levels, frames = timesteps[:, None].expand(-1, length), own_starts[:, None] + inside
             return network(noisy, levels, text_keys(network, text, own), frames)[0]
         shown, places, told = chunks[:, :-1], starts[:-1], clip.prompts[:-1]
@@ -276,7 +273,10 @@ def predicted(
     given: Noised,
     schedule: FlowSchedule,
     negative: str | None = None,
+    past: bool = True,
 ) -> Tensor:
-    """The clean rows that a score network predicts; schedule: the table in which it looks its noise levels up."""
-    flow = view.flow(network, text, clip, given.noisy, given.timesteps, negative, given.past)
+    """The clean rows that a score network predicts; schedule: the table in which it looks its noise levels up; past:
+    whether it is shown what came before."""
+    shown = given.past if past else None
+    flow = view.flow(network, text, clip, given.noisy, given.timesteps, negative, shown)
     return flow_to_x0(flow, given.noisy, schedule.sigma(given.timesteps))
