@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slotmemory.codecs.base import to_float
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
 from slotmemory.evaluation.grouping import Quality, measure
 from slotmemory.evaluation.results import shown, table
 from slotmemory.evaluation.returning import bootstrap
-from slotmemory.training.narratives import HELD_OUT
+from slotmemory.training.narratives import HELD_OUT, latents_of
 from slotmemory.world.masks import token_masks
 from slotmemory.world.narrative import Narrative
 from slotmemory.world.renderer import WorldSize
@@ -50,10 +49,9 @@ def read(engine: Engine, seed: int, seconds: float) -> tuple[Tensor, Tensor, lis
     """A held-out narrative: latents [1, T, C, h, w], who is where [chunks, tokens], the prompt of every chunk."""
     layout = engine.layout
     narrative = Narrative.random(seed, seconds, WorldSize(layout.width, layout.height))
-    pixels = torch.from_numpy(np.ascontiguousarray(narrative.render(0, narrative.frames)))
-    latents = engine.codec.encode(to_float(pixels)[None].to(engine.codec.dtype)).float()
     truth = torch.from_numpy(token_masks(narrative, layout.grid)).unflatten(0, (-1, layout.frames_per_chunk))
-    return latents, truth.flatten(1), [narrative.prompt(k) for k in range(narrative.chunks)]
+    prompts = [narrative.prompt(k) for k in range(narrative.chunks)]
+    return latents_of(narrative, engine.codec)[None], truth.flatten(1), prompts
 
 
 def report(results: Mapping[str, Sequence[Sequence[Quality]]]) -> str:

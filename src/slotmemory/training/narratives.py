@@ -8,12 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from slotmemory.codecs.base import to_float
+from slotmemory.codecs.base import Codec, to_float
 from slotmemory.training.loop import seed_for
 from slotmemory.training.shown import labels_of
 from slotmemory.world.narrative import Narrative
@@ -45,16 +44,20 @@ class Encoded:
         return len(self.prompts)
 
 
-def encode(narrative: Narrative, codec, frames_per_chunk: int = 3, patch: int = 1) -> Encoded:
+@torch.no_grad()
+def latents_of(narrative: Narrative, codec: Codec) -> Tensor:
+    """Render and encode a whole narrative: latents [L, C, h, w] fp32."""
+    pixels = to_float(torch.from_numpy(narrative.render()))[None]
+    return codec.encode(pixels.to(codec.dtype))[0].float()
+
+
+def encode(narrative: Narrative, codec: Codec, frames_per_chunk: int = 3, patch: int = 1) -> Encoded:
     """Render and encode a whole narrative for tokens of `patch` x `patch` latent cells."""
-    last = narrative.frames
-    pixels = torch.from_numpy(np.ascontiguousarray(narrative.render(0, last)))
-    with torch.no_grad():
-        latents = codec.encode(to_float(pixels)[None].to(codec.dtype))[0].float()
+    latents = latents_of(narrative, codec)
     chunks = len(latents) // frames_per_chunk
     prompts = [narrative.prompt(k) for k in range(chunks)]
-    truth = narrative.truth(0, last)
-    stride = pixels.shape[-1] // latents.shape[-1] * patch
+    truth = narrative.truth()
+    stride = narrative.size.width // latents.shape[-1] * patch
     height, width = (x // patch for x in latents.shape[-2:])
     shares = torch.zeros(len(narrative.entities), len(latents), height, width)
     for entity in range(len(narrative.entities)):
