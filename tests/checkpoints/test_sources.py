@@ -149,6 +149,14 @@ def test_a_folder_of_base_and_adapter_streams_as_longlive_does(monkeypatch, tmp_
     assert sources.settings["memory"]["sink"] == 3 and sources.codec.name == "Wan2.1_VAE.pth"
 
 
+@pytest.mark.parametrize("content", [b"", b"no header " * 20])
+def test_a_damaged_lone_file_is_named_before_anything_is_fetched_for_it(no_hub, tmp_path, content):
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"mine.safetensors is truncated or no safetensors file.*{len(content)} bytes"):
+        resolve(str(file))
+
+
 def test_a_lone_file_takes_what_lies_beside_it(no_hub, tmp_path):
     tiny.write_training(tmp_path / "self_forcing_dmd.pt", tiny.transformer())
     tiny.write_training(tmp_path / "other.pt", tiny.transformer())

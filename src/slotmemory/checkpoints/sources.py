@@ -18,6 +18,7 @@ from slotmemory.checkpoints import folder, hub, presets
 from slotmemory.checkpoints.files import INDEX, SUFFIXES, fingerprint, shards
 from slotmemory.checkpoints.hub import Address
 from slotmemory.checkpoints.presets import Preset
+from slotmemory.codecs.base import opened
 from slotmemory.errors import InputError, shorten, unknown
 
 WEIGHTS = (INDEX, *SUFFIXES)
@@ -210,6 +211,9 @@ def _of_file(path: Path) -> Sources:
     """A transformer's file; codec and text encoder may lie beside it."""
     if not path.name.endswith(WEIGHTS):
         raise InputError(f"{path}: a model is a folder, a preset (.yaml) or a file of weights ({', '.join(SUFFIXES)})")
+    if path.suffix == ".safetensors":
+        with opened(path):  # before gigabytes are fetched to go with a damaged file
+            pass
     beside = [name for name in _listed(path.parent) if name in (*CODECS, *TEXTS, *TOKENIZERS)]
     parts = replace(classify(beside, str(path.parent)), transformer=path.name)
     return _completed(parts, lambda file: str(path.parent / file), str(path))

@@ -9,7 +9,8 @@ This module does not know any network, and nothing about what the pixels show.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,12 +82,19 @@ def num_frames(latents: int, time_stride: int = 4) -> int:
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file -> tensors by name, metadata; one-line ValueError if it is missing or damaged."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[safe_open]:
+    """Open a safetensors file, of which only the header is read; one-line ValueError if it is missing or damaged."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weights at {path}: expected a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            yield file
     except (SafetensorError, RuntimeError) as error:
         detail = " ".join(str(error).split())
         raise InputError(
