@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,6 +14,7 @@ from rich.table import Column
 from slotmemory.script import Schedule
 
 QUIET_SECONDS = 10.0  # between plain lines
+S = TypeVar("S", bound="Shown")
 
 
 class Shown:
@@ -33,7 +34,7 @@ class Shown:
             self.bar = Bar(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task(waiting, total=total, completed=done)
 
-    def __enter__(self) -> Self:
+    def __enter__(self: S) -> S:
         if self.bar is not None:
             self.bar.start()
         self.told = time.monotonic()
@@ -63,7 +64,7 @@ class Progress(Shown):
         self.pace: float | None = None
         self.started = time.monotonic()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Progress:
         self.started = time.monotonic()
         return super().__enter__()
 
