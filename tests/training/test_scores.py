@@ -156,18 +156,6 @@ def test_a_causal_score_is_shown_places_levels_and_prompts_row_by_row(negative):
     assert told[10:] == (rows if negative is None else [""] * 6)
 
 
-def test_a_score_without_a_past_is_shown_the_noised_rows_alone():
-    given = clip(10, 2, 3, batch=2)
-    view = scores.Causal(3, 2, context_noise=0.1)
-    network, text = Recorder(), Numbered()
-    noisy, times = torch.full((6, 3, 1, 2, 2), 7.0), torch.arange(6) * 100.0
-    flow = view.flow(network, text, given, noisy, times, "", None)
-    latents, levels, keys, frames, pattern = network.given
-    assert torch.equal(flow, noisy) and torch.equal(latents, noisy) and pattern is None
-    assert levels[:, 0].tolist() == times.tolist() and frames[:, 0].tolist() == [36, 39, 42] * 2
-    assert [text.met[int(i)] for i in keys[0][0].flatten()] == [""] * 6
-
-
 def test_a_joint_score_sees_whole_clips_and_counts_new_frames_only():
     given, view = clip(10, 1, 2, batch=2), scores.Joint()
     network, text = Recorder(), Numbered()

@@ -52,11 +52,6 @@ def test_generator_steps_teach_both_and_critic_steps_the_critic_alone(micro, oth
     assert "matching" not in terms and not learning(objective, "transformer") and learning(objective, "critic")
 
 
-def test_a_joint_score_cannot_leave_its_past_out():
-    with pytest.raises(ValueError, match="past_guidance needs score=causal"):
-        distribution_matching.Options(score="joint", past_guidance=0.5)
-
-
 def test_generator_and_critic_updates_are_counted_apart(micro, other):
     objective = build(distribution_matching, micro, other, chunks=1, ratio=5)
     assert [objective.generator_step(n) for n in range(7)] == [True, False, False, False, False, True, False]
@@ -159,6 +154,29 @@ def test_returning_entities_bring_the_chunk_that_showed_them_last(micro, other):
     table = objective.view.table(clip)
     assert table[-2].tolist() == [0, 1, 2, 4] and table[-1].tolist() == [0, 2, 3, -1]
     objective.generator_loss(clip, random)
+
+
+def test_reminders_lead_the_chunks_that_have_one_and_no_others(micro, other):
+    cat, ball = "A red cat walks in the meadow.", "A blue ball waits on the beach."
+    options = {**SHORT, "reminders": True, "reminder_guidance": 2.0, "guidance": 0.0, "switches": ()}
+    objective = build(long_tuning, micro, other, **options)
+    objective.source = type("Told", (), {"script": lambda *_: {0: cat, 2: ball, 5: cat}})()
+    random = loop.generator_for(0, 0, 0)
+    with torch.no_grad():
+        first = objective.clip(1, random)
+        assert objective.away(first, objective.noised(first, random)) == []  # nobody returns yet
+        objective.clip(1, random)
+        clip = objective.clip(1, random)  # chunks 5 and 6; the cat returns in 5
+        given = objective.noised(clip, random)
+        told = objective.predicted(objective.teacher, clip, given)
+        ((scale, forgetful),) = objective.away(clip, given)
+    assert scale == 2.0 and not torch.allclose(told[0], forgetful[0], atol=1e-4)
+    torch.testing.assert_close(told[1], forgetful[1])
+
+
+def test_reminder_guidance_without_reminders_is_refused():
+    with pytest.raises(ValueError, match="reminder_guidance needs reminders=true"):
+        long_tuning.Options(reminder_guidance=1.0)
 
 
 def test_switches_inside_a_chunk_are_refused(micro, other):

@@ -45,11 +45,6 @@ class Options(StudentOptions):
         "causal",
         description="scores see chunk after chunk, each with its clean past; or whole clips, all frames at once",
     )
-    past_guidance: float = Field(
-        0.0,
-        ge=0,
-        description="teacher, causal scores: past_guidance (conditional - the same without its past) beside that",
-    )
     seen: int = Field(2, ge=0, description="past chunks that a causal score sees beside the first of the stream")
     lowest: float = Field(20.0, description="smallest timestep of a score, of 1000")
     highest: float = Field(980.0, description="largest timestep of a score")
@@ -66,8 +61,6 @@ class Options(StudentOptions):
     def _possible(self) -> Options:
         if "mutated_bank" in self.compat and not self.recompute:
             raise ValueError("compat=mutated_bank shows only where passes are computed again; set recompute: true")
-        if self.past_guidance and self.score == "joint":
-            raise ValueError("past_guidance needs score=causal; a joint score has no past of its own to leave out")
         return self
 
 
@@ -138,16 +131,11 @@ class Objective(Student):
 
     def generator_loss(self, clip: Clip, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared distance to where the scores' difference points."""
-        given, o = self.noised(clip, random), self.options
+        given = self.noised(clip, random)
         with torch.no_grad():
             fake = self.predicted(self.fake, clip, given)
             real = self.predicted(self.teacher, clip, given)
-            away = []
-            if o.guidance:
-                away.append((o.guidance, self.predicted(self.teacher, clip, given, self.negative)))
-            if o.past_guidance:
-                away.append((o.past_guidance, self.predicted(self.teacher, clip, given, past=False)))
-            real = scores.guide(real, *away)
+            real = scores.guide(real, *self.away(clip, given))
             gradient = scores.kl_gradient(given.rows.detach(), fake, real)
         loss = scores.matching_loss(given.rows, gradient, self.view.mask(clip)).float()
         return loss, {"matching": loss.detach(), "difference": (fake - real).abs().mean()}
@@ -162,10 +150,14 @@ class Objective(Student):
         o = self.options
         return scores.noised(clip, self.view, self.schedule, random, lowest=o.lowest, highest=o.highest)
 
-    def predicted(
-        self, network: Cast, clip: Clip, given: scores.Noised, negative: str | None = None, past: bool = True
-    ) -> Tensor:
-        return scores.predicted(network, self.view, self.text, clip, given, self.looked_up, negative, past)
+    def predicted(self, network: Cast, clip: Clip, given: scores.Noised, negative: str | None = None) -> Tensor:
+        return scores.predicted(network, self.view, self.text, clip, given, self.looked_up, negative)
+
+    def away(self, clip: Clip, given: scores.Noised) -> list[tuple[float, Tensor]]:
+        """What the teacher's prediction is led away from, with the scale of each (`scores.guide`)."""
+        if not self.options.guidance:
+            return []
+        return [(self.options.guidance, self.predicted(self.teacher, clip, given, self.negative))]
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         self.student.refresh()

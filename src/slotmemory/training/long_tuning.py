@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from slotmemory.errors import InputError
-from slotmemory.training import distribution_matching, loop
+from slotmemory.training import distribution_matching, loop, scores
 from slotmemory.training.prompts import reminder, together
 from slotmemory.training.rollout import Clip, Rollout
 
@@ -40,11 +40,18 @@ class Options(distribution_matching.Options):
         False,
         description="causal scores: a returning entity's chunk sees the last one that showed it (narrative world)",
     )
+    reminder_guidance: float = Field(
+        0.0,
+        ge=0,
+        description="teacher: reminder_guidance (conditional - the same without its reminder) beside guidance",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Options:
         if self.new > self.chunks:
             raise ValueError(f"new={self.new} is more than a clip's chunks={self.chunks}")
+        if self.reminder_guidance and not (self.reminders and self.score == "causal"):
+            raise ValueError("reminder_guidance needs reminders=true and score=causal; else nothing reminds a score")
         return self
 
 
@@ -128,6 +135,15 @@ class Objective(distribution_matching.Objective):
                     chunks[chunk - first] = (self.stream.made[back][row], prompts[back])
             found.append(chunks)
         return replace(clip, reminders=found)
+
+    def away(self, clip: Clip, given: scores.Noised) -> list[tuple[float, Tensor]]:
+        found = super().away(clip, given)
+        if self.options.reminder_guidance and any(clip.reminders):
+            alone = replace(clip, reminders=[])
+            past = given.past[: self.view.past_shape(alone)[0]]  # noise of reminders comes last
+            forgetful = self.predicted(self.teacher, alone, replace(given, past=past))
+            found.append((self.options.reminder_guidance, forgetful))
+        return found
 
     # what outlives a step
 

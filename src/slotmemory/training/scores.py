@@ -24,8 +24,8 @@ from slotmemory.training.rollout import Clip
 
 
 def guide(conditional: Tensor, *away: tuple[float, Tensor]) -> Tensor:
-    """Lead a prediction away from others, (scale, prediction) each: that under a negative prompt, scale 3 is what others
-    call a guidance of 4; that without the past."""
+    """Lead a prediction away from others, each with its scale: that under a negative prompt, where scale 3 is what others
+    call a guidance of 4; that without a reminder."""
     return conditional + sum(scale * (conditional - other) for scale, other in away)
 
 
@@ -84,11 +84,11 @@ class View(Protocol):
         noisy: Tensor,
         timesteps: Tensor,
         negative: str | None,
-        past: Tensor | None,
+        past: Tensor,
     ) -> Tensor:
         """The network's flow for noised rows at timesteps [R]; negative: a prompt in place of the rows' own.
 
-        past: noise for what is shown as a past, in the shape of `past_shape`; none: causal scores are shown no past."""
+        past: noise for what is shown as a past, in the shape of `past_shape`."""
         ...
 
     def past_shape(self, clip: Clip) -> tuple[int, ...]: ...
@@ -131,7 +131,7 @@ class Joint:
         noisy: Tensor,
         timesteps: Tensor,
         negative: str | None,
-        past: Tensor | None,
+        past: Tensor,
     ) -> Tensor:
         prompts = self.prompts(clip) if negative is None else [negative] * len(noisy)
         frames = torch.arange(noisy.shape[1], device=noisy.device)
@@ -179,18 +179,12 @@ class Causal:
         noisy: Tensor,
         timesteps: Tensor,
         negative: str | None,
-        past: Tensor | None,
+        past: Tensor,
     ) -> Tensor:
         """Rows of one pass: per stream the clean chunks that others see, then all noised ones."""
         device, batch, length = noisy.device, len(clip.latents), self.length
         chunks = clip.latents.detach().unflatten(1, (-1, length))  # [B, K, F, C, h, w]
         starts = clip.start + length * torch.arange(chunks.shape[1], device=device)
-        inside = torch.arange(length, device=device)
-        own_starts = starts[clip.past // length :].repeat(batch)
-        own = self.prompts(clip) if negative is None else [negative] * len(noisy)
-        if past is None:
-            levels, frames = timesteps[:, None].expand(-1, length), own_starts[:, None] + inside
-            return network(noisy, levels, text_keys(network, text, own), frames)[0]
         shown, places, told = chunks[:, :-1], starts[:-1], clip.prompts[:-1]
         if clip.start:  # the stream's first chunk, just before the clip
             shown = torch.cat((clip.first[:, None], shown), 1)
@@ -201,7 +195,8 @@ class Causal:
         if self.context_noise:
             clean = add_noise(clean, past, self.context_noise)
         far = (starts[:1] - 2 * length).expand(len(reminders))
-        frames = torch.cat((places.repeat(batch), far, own_starts))
+        frames = torch.cat((places.repeat(batch), far, starts[clip.past // length :].repeat(batch)))
+        own = self.prompts(clip) if negative is None else [negative] * len(noisy)
         prompts = [chunk[row] for row in range(batch) for chunk in told] + [told for *_, told in reminders] + own
         levels = torch.cat((timesteps.new_full((len(clean),), self.context_noise * 1000), timesteps))
         cell = network.config.patch[1] * network.config.patch[2]
@@ -209,7 +204,7 @@ class Causal:
             torch.cat((clean, noisy)),
             levels[:, None].expand(-1, length),
             text_keys(network, text, prompts),
-            frames[:, None] + inside,
+            frames[:, None] + torch.arange(length, device=device),
             Rows(self.table(clip).to(device), noisy[0, :, 0].numel() // cell),
         )
         return flow[len(clean) :]
@@ -273,10 +268,7 @@ def predicted(
     given: Noised,
     schedule: FlowSchedule,
     negative: str | None = None,
-    past: bool = True,
 ) -> Tensor:
-    """The clean rows that a score network predicts; schedule: the table in which it looks its noise levels up; past:
-    whether it is shown what came before."""
-    shown = given.past if past else None
-    flow = view.flow(network, text, clip, given.noisy, given.timesteps, negative, shown)
+    """The clean rows that a score network predicts; schedule: the table in which it looks its noise levels up."""
+    flow = view.flow(network, text, clip, given.noisy, given.timesteps, negative, given.past)
     return flow_to_x0(flow, given.noisy, schedule.sigma(given.timesteps))
