@@ -66,6 +66,22 @@ def test_many_first_chunks_see_nothing_and_some_see_only_a_memory(objective):
     assert remembered / count > 0.2
 
 
+def test_clips_about_a_return_show_who_comes_back_in_the_distant_chunk_and_hide_it_from_nobody(objective, monkeypatch):
+    monkeypatch.setattr(objective, "options", objective.options.model_copy(update={"returns": 1.0, "seconds": 40.0}))
+    item, per_clip = objective.make(3), flow.DISTANT + objective.options.run - 1
+    found = flow.returns_in(item, 2)
+    assert found
+    for start, entity in found:
+        assert not any(entity in item.visible[k] for k in (start - 2, start - 1))
+        assert any(entity in item.visible[k] for k in range(start - 2))
+    for seed in range(10):
+        first, far, entity = objective.clip_of_return(item, random(seed))
+        start = next(k for k, who in found if who == entity and 0 <= k - first <= objective.options.run)
+        assert entity in item.visible[far] and far < start
+        batch = objective.batch([item], random(seed))
+        assert (batch.table[per_clip:] == flow.MEMORY).any(1).all()
+
+
 def test_keys_of_distant_chunks_stand_before_the_run_within_reach(objective):
     batch = objective.batch(objective.pool.at(0), random())
     far = batch.frames[: flow.DISTANT]

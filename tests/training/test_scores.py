@@ -1,5 +1,7 @@
 """Distribution matching against the published program's recorded numbers, and who sees whom when a clip is scored."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -110,6 +112,17 @@ def test_in_a_later_clip_every_chunk_sees_the_streams_first_and_its_past():
     assert table[10:].tolist() == [[0, 1, 2], [0, 2, 3], [0, 3, 4], [5, 6, 7], [5, 7, 8], [5, 8, 9]]
 
 
+def test_chunks_in_which_somebody_returns_count_as_often_as_asked():
+    shown = (torch.zeros(3, 1, 2, 2), "a cat")
+    given = replace(clip(10, 2, 3, batch=2), reminders=[{}, {3: shown}])
+    assert scores.Causal(3, 2).counts(given) is None
+    counts = scores.Causal(3, 2, reminder_weight=4.0).counts(given)
+    assert counts.tolist() == [[1.0] * 3] * 4 + [[4.0] * 3] + [[1.0] * 3]
+    x, gradient = torch.zeros(6, 3, 1, 2, 2, requires_grad=True), torch.ones(6, 3, 1, 2, 2)
+    scores.matching_loss(x, gradient, counts).backward()
+    torch.testing.assert_close(x.grad[4] / x.grad[0], torch.full_like(x[0], 4.0))
+
+
 class Recorder:
     """A network that says what it was given."""
 
@@ -159,9 +172,9 @@ def test_a_causal_score_is_shown_places_levels_and_prompts_row_by_row(negative):
 def test_a_joint_score_sees_whole_clips_and_counts_new_frames_only():
     given, view = clip(10, 1, 2, batch=2), scores.Joint()
     network, text = Recorder(), Numbered()
-    assert view.mask(given).tolist() == [[False] * 3 + [True] * 6] * 2
+    assert view.counts(given).tolist() == [[False] * 3 + [True] * 6] * 2
     view.flow(network, text, given, view.rows(given), torch.tensor([10.0, 20.0]), None, torch.zeros(0))
     _, levels, keys, _, pattern = network.given
     assert pattern is None and levels.shape == (2, 9) and levels[:, 4].tolist() == [10, 20]
     assert [text.met[int(i)] for i in keys[0][0].flatten()] == ["chunk 12, row 0", "chunk 12, row 1"]
-    assert view.mask(clip(0, 0, 2)) is None
+    assert view.counts(clip(0, 0, 2)) is None

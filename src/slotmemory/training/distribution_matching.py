@@ -137,14 +137,14 @@ class Objective(Student):
             real = self.predicted(self.teacher, clip, given)
             real = scores.guide(real, *self.away(clip, given))
             gradient = scores.kl_gradient(given.rows.detach(), fake, real)
-        loss = scores.matching_loss(given.rows, gradient, self.view.mask(clip)).float()
+        loss = scores.matching_loss(given.rows, gradient, self.view.counts(clip)).float()
         return loss, {"matching": loss.detach(), "difference": (fake - real).abs().mean()}
 
     def critic_loss(self, clip: Clip, random: torch.Generator) -> Tensor:
         """Flow matching of what the generator makes."""
         given = self.noised(clip, random)
         flow = self.view.flow(self.fake, self.text, clip, given.noisy, given.timesteps, None, given.past)
-        return scores.flow_loss(flow, given.rows.detach(), given.noise, self.view.mask(clip))
+        return scores.flow_loss(flow, given.rows.detach(), given.noise, self.view.counts(clip))
 
     def noised(self, clip: Clip, random: torch.Generator) -> scores.Noised:
         o = self.options
@@ -185,6 +185,10 @@ class Objective(Student):
 
     # what it costs
 
+    def readings(self) -> int:
+        """How often the teacher is asked about a clip, at most."""
+        return 2 if self.options.guidance else 1
+
     def chunks_per_clip(self) -> float:
         """New chunks of an average clip."""
         return self.options.chunks
@@ -202,11 +206,10 @@ class Objective(Student):
             return Work(name, network.config, rows, tokens, keys, times, **how)
 
         clips = 1 + 1 / o.ratio
-        teacher = (2 if o.guidance else 1) / o.ratio
         return [
             Work("rollouts", student, made, per, read, clips * (passes + 1) - 1 / o.ratio),
             Work("generator", student, made, per, read, 1 / o.ratio, backward=True, recompute=o.recompute),
-            scored("real score", self.teacher, teacher),
+            scored("real score", self.teacher, self.readings() / o.ratio),
             scored("fake score", self.fake, 1 / o.ratio),
             scored("critic", self.fake, 1.0, backward=True, recompute=o.recompute),
         ]

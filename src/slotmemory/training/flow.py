@@ -72,6 +72,7 @@ class Options(Frozen):
     no_memory: float = 0.2
     no_past: float = 0.1
     alone: float = Field(0.6, description="share of the run's first chunks that see nothing at all")
+    returns: float = Field(0.0, description="share of clips about a return: the distant chunk shows who comes back")
     shift: float = Field(5.0, description="warp of the noise levels that are drawn evenly")
     stills: float = Field(0.0, description="share of the steps that show single latent frames without a past")
     still_rows: int = Field(64, description="latent frames of such a step, per clip of the batch")
@@ -104,6 +105,17 @@ class Batch:
 def columns_in_use(table: Tensor) -> Tensor:
     """Drop the columns in which no row sees anything: fewer keys to gather."""
     return table[:, (table >= 0).any(0)]
+
+
+def returns_in(item: Encoded, past: int) -> list[tuple[int, int]]:
+    """Name all returns (first chunk of a shot, entity): seen before, not in the `past` chunks before the shot, then there;
+    who comes in from the side is there in the shot's second chunk."""
+    found = []
+    for start in item.starts:
+        gap = max(0, start - past)
+        before = set().union(*item.visible[:gap]) - set().union(*item.visible[gap:start])
+        found += [(start, entity) for entity in sorted(before & set().union(*item.visible[start : start + 2]))]
+    return found
 
 
 class Objective(loop.Objective):
@@ -175,6 +187,17 @@ class Objective(loop.Objective):
             place = int(pick * (latest + 1))
         return min(max(place, 0), latest)
 
+    def clip_of_return(self, item: Encoded, random: torch.Generator) -> tuple[int, int, int] | None:
+        """Draw where a run begins that shows somebody's return, an earlier chunk that showed them, and the entity."""
+        pick, lead, which = torch.rand(3, generator=random).tolist()
+        found = returns_in(item, self.options.past)
+        if not found:
+            return None
+        start, entity = found[int(pick * len(found))]
+        earlier = [k for k in range(start) if entity in item.visible[k]]
+        first = min(start - int(lead * (self.options.past + 1)), item.chunks - self.options.run)
+        return first, earlier[int(which * len(earlier))], entity
+
     def memory_chunk(self, item: Encoded, start: int, random: torch.Generator) -> tuple[int, int]:
         """Draw a chunk outside the run, mostly one that shows an entity of the run -> (chunk, entity or -1)."""
         run = range(start, start + self.options.run)
@@ -225,8 +248,12 @@ class Objective(loop.Objective):
         labels, places, stand_ins = [], [], []
         for number, item in enumerate(items):
             base = number * per_clip
-            start = self.clip_start(item, random)
-            far, entity = self.memory_chunk(item, start, random)
+            returns = float(torch.rand(1, generator=random)) < o.returns and self.clip_of_return(item, random)
+            if returns:
+                start, far, entity = returns
+            else:
+                start = self.clip_start(item, random)
+                far, entity = self.memory_chunk(item, start, random)
             chosen = [0, far, *range(start, start + clean), *list(range(start, start + o.run)) * o.copies]
             away = -size * (1 + torch.randint(o.far, (2,), generator=random))
             firsts = [*away.tolist(), *(size * j for j in range(clean)), *[size * j for j in range(o.run)] * o.copies]
@@ -243,7 +270,7 @@ class Objective(loop.Objective):
             noised = torch.rand(DISTANT + clean, generator=random) < o.noised
             sigma.append(torch.rand(DISTANT + clean, generator=random) * o.context_noise * noised)
             sigma.append(self.draw_sigma(o.copies * o.run, random))
-            table += self.rows(base, use_sink and start > 0, o.past if use_far_past else 1, random)
+            table += self.rows(base, use_sink and start > 0, o.past if use_far_past else 1, random, bool(returns))
             stand_ins += [(base + DISTANT + j, base + DISTANT + clean + j) for j in range(clean)]
         sigma_all = torch.cat(sigma)
         noisy = torch.arange(per_clip) >= DISTANT + clean
@@ -283,8 +310,11 @@ class Objective(loop.Objective):
             torch.stack([item.places[f] for item, f in picked]),
         )
 
-    def rows(self, base: int, has_sink: bool, past: int, random: torch.Generator) -> list[list[int]]:
-        """Say which rows each row of a clip sees: [sink, memory, past chunks], -1 where it does not."""
+    def rows(
+        self, base: int, has_sink: bool, past: int, random: torch.Generator, returns: bool = False
+    ) -> list[list[int]]:
+        """Say which rows each row of a clip sees: [sink, memory, past chunks], -1 where it does not; returns: the memory
+        is always there."""
         o, first = self.options, base + DISTANT
         none = [-1] * (DISTANT + o.past)
         table = [none, none]
@@ -293,12 +323,15 @@ class Objective(loop.Objective):
             before = [first + j - k if near and k <= min(j, past) else -1 for k in range(o.past, 0, -1)]
             return [base + SINK if has_sink else -1, base + MEMORY if memory else -1, *before]
 
-        keep_memory = float(torch.rand(1, generator=random)) > o.no_memory
+        keep_memory = float(torch.rand(1, generator=random)) > o.no_memory or returns
         table += [row(j, keep_memory, True) for j in range(o.run - 1)]
         for _ in range(o.copies):
             for j in range(o.run):
                 memory, near, alone = torch.rand(3, generator=random).tolist()
-                table.append(none if j == 0 and alone < o.alone else row(j, memory > o.no_memory, near > o.no_past))
+                if j == 0 and alone < o.alone and not returns:
+                    table.append(none)
+                else:
+                    table.append(row(j, memory > o.no_memory or returns, near > o.no_past))
         return table
 
     # the loss

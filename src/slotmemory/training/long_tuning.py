@@ -45,6 +45,7 @@ class Options(distribution_matching.Options):
         ge=0,
         description="teacher: reminder_guidance (conditional - the same without its reminder) beside guidance",
     )
+    reminder_weight: float = Field(1.0, gt=0, description="how often such a chunk counts, for generator and critic")
 
     @model_validator(mode="after")
     def _fits(self) -> Options:
@@ -62,6 +63,8 @@ class Objective(distribution_matching.Objective):
         super().__init__(options, context)
         self.size = self.engine.layout.frames_per_chunk
         self.stream: Rollout | None = None
+        if isinstance(self.view, scores.Causal):
+            self.view = replace(self.view, reminder_weight=options.reminder_weight)
         for switch in options.switches:
             if switch % self.size:
                 raise InputError(f"switches: {switch} is not a multiple of {self.size}, the latent frames of a chunk")
@@ -99,6 +102,9 @@ class Objective(distribution_matching.Objective):
         told = [script[chunk] for chunk in sorted(script)]
         changes = len(told) == 2 and told[0] != told[1]
         return script if not self.context.in_step or self.context.agreed_all(changes) else {0: told[0]}
+
+    def readings(self) -> int:
+        return super().readings() + bool(self.options.reminder_guidance)
 
     def chunks_per_clip(self) -> float:
         o = self.options

@@ -89,12 +89,18 @@ def together(scripts: Sequence[Script]) -> dict[int, list[str]]:
     return {chunk: [at(script, chunk) for script in scripts] for chunk in sorted(set().union(*scripts))}
 
 
-def reminder(prompts: Sequence[str], chunk: int, seen: int) -> int | None:
-    """The last chunk before chunk - seen whose prompt names somebody whom the prompt of `chunk` names and the `seen`
-    chunks before it do not; None where nobody returns. Prompts of the narrative world, one per chunk."""
+def reminder(prompts: Sequence[str], chunk: int, seen: int, lasts: int = 2) -> int | None:
+    """The last chunk that showed somebody who returned with `chunk` or at most lasts - 1 chunks before it, for who comes
+    in from the side shows in the second: the `seen` chunks before the return do not name them. None where nobody did.
+    Prompts of the narrative world, one per chunk."""
     cast = [{role.identity for role in parse(prompt).roles} for prompt in prompts[: chunk + 1]]
-    back = cast[chunk] - set().union(*cast[max(0, chunk - seen) : chunk])
-    return next((k for k in range(chunk - seen - 1, -1, -1) if cast[k] & back), None)
+    for start in range(chunk, max(-1, chunk - lasts), -1):
+        gap = max(0, start - seen)
+        back = set.intersection(*cast[start:]) - set().union(*cast[gap:start])
+        found = next((k for k in range(gap - 1, -1, -1) if cast[k] & back), None)
+        if found is not None:
+            return found
+    return None
 
 
 def _lines(path: Path) -> list[str]:

@@ -38,19 +38,25 @@ def kl_gradient(x: Tensor, fake: Tensor, real: Tensor) -> Tensor:
     return torch.nan_to_num((fake - real) / size)
 
 
-def matching_loss(x: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+def matching_loss(x: Tensor, gradient: Tensor, counts: Tensor | None = None) -> Tensor:
     """A loss whose gradient at x is proportional to `gradient`: 0.5 mean (x - sg(x - gradient))^2, in float64.
 
-    mask [R, F] names the latent frames that count."""
+    counts [R, F] says how much each latent frame counts, all alike if None."""
     target = (x.double() - gradient.double()).detach()
-    error = (x.double() - target).square()
-    return 0.5 * (error if mask is None else error[mask]).mean()
+    return 0.5 * _mean((x.double() - target).square(), counts)
 
 
-def flow_loss(flow: Tensor, x: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared error of a predicted flow against noise - x, the critic's loss; mask [R, F] as in `matching_loss`."""
-    error = (flow.float() - (noise - x).float()).square()
-    return (error if mask is None else error[mask]).mean()
+def flow_loss(flow: Tensor, x: Tensor, noise: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Squared error of a predicted flow against noise - x, the critic's loss; counts [R, F] as in `matching_loss`."""
+    return _mean((flow.float() - (noise - x).float()).square(), counts)
+
+
+def _mean(error: Tensor, counts: Tensor | None) -> Tensor:
+    """The mean of error [R, F, C, h, w] over everything, each latent frame as often as it counts."""
+    if counts is None:
+        return error.mean()
+    weight = counts.to(error.dtype)
+    return (error.mean((2, 3, 4)) * weight).sum() / weight.sum()
 
 
 def score_timesteps(drawn: Tensor, schedule: FlowSchedule, lowest: float = 20.0, highest: float = 980.0) -> Tensor:
@@ -68,8 +74,8 @@ class View(Protocol):
         """The samples [R, F, C, h, w] of a clip, with its gradients."""
         ...
 
-    def mask(self, clip: Clip) -> Tensor | None:
-        """The latent frames [R, F] that count, None for all."""
+    def counts(self, clip: Clip) -> Tensor | None:
+        """How much each latent frame [R, F] counts, None for all alike."""
         ...
 
     def prompts(self, clip: Clip) -> list[str]:
@@ -111,7 +117,7 @@ class Joint:
     def rows(self, clip: Clip) -> Tensor:
         return clip.latents
 
-    def mask(self, clip: Clip) -> Tensor | None:
+    def counts(self, clip: Clip) -> Tensor | None:
         if not clip.past:
             return None
         counts = torch.arange(clip.latents.shape[1], device=clip.latents.device) >= clip.past
@@ -152,12 +158,20 @@ class Causal:
     length: int = 3
     seen: int = 2
     context_noise: float = 0.0
+    reminder_weight: float = 1.0  # how often a chunk counts in which somebody returns
 
     def rows(self, clip: Clip) -> Tensor:
         return clip.new.unflatten(1, (-1, self.length)).flatten(0, 1)
 
-    def mask(self, clip: Clip) -> Tensor | None:
-        return None
+    def counts(self, clip: Clip) -> Tensor | None:
+        reminders = self._reminders(clip)
+        if not reminders or self.reminder_weight == 1:
+            return None
+        first, made = clip.past // self.length, clip.new.shape[1] // self.length
+        counts = torch.ones(len(clip.latents), made, self.length, device=clip.latents.device)
+        for row, chunk, *_ in reminders:
+            counts[row, chunk - first] = self.reminder_weight
+        return counts.flatten(0, 1)
 
     def prompts(self, clip: Clip) -> list[str]:
         made = clip.prompts[clip.past // self.length :]

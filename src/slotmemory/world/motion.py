@@ -20,10 +20,11 @@ WALK_REACH_PAIR = 4.5  # there and back in 24 frames
 PAIR_HOMES = (0.26, 0.74)
 SOLO_HOMES = (0.35, 0.65)
 OFFSTAGE = 20.0  # beyond the edge, no part of a body shows
-HOP_HEIGHT = 6.5
 FLOAT_HEIGHT = 1.0
 _BREATHS = (sprites.STAND, sprites.BREATHE, sprites.INHALE, sprites.INHALE, sprites.BREATHE, sprites.STAND)
 _FLOAT_LIFTS = (0.0, 0.5, 1.0, 1.0, 0.5, 0.0)
+# A latent is four frames, and what is quick within one blurs in any codec: a hop is three drawings, held for a latent each.
+_HOP = ((sprites.SQUASH, 0.0), (sprites.INHALE, 4.5), (sprites.STAND, 2.5))
 _BREATH_FRAMES = FRAMES_PER_LATENT * len(_BREATHS)
 
 
@@ -120,7 +121,7 @@ class _Actor:
         if travels:
             pose = (sprites.STEP_LEFT, sprites.STEP_RIGHT)[beat_of(frame, 2 * FRAMES_PER_LATENT) // FRAMES_PER_LATENT]
         elif self._hops and self._state == "here" and self._action == "jumps":
-            pose, height = _hop(beat)
+            pose, height = _HOP[beat // FRAMES_PER_LATENT]
             lift += height
         else:
             breath = beat_of(frame, _BREATH_FRAMES)
@@ -131,15 +132,6 @@ class _Actor:
         track = self.track
         track.x[frame], track.lift[frame], track.pose[frame] = self._x, lift, pose
         track.facing[frame], track.present[frame] = self._facing, True
-
-
-def _hop(beat: int) -> tuple[int, float]:
-    """Give pose and height of a hop at so many frames into its chunk: crouch, fly, land."""
-    along = (beat - 0.5) / (FRAMES_PER_CHUNK - 1.0)
-    if beat == 0:
-        return sprites.SQUASH, 0.0
-    height = round(4 * HOP_HEIGHT * 4 * along * (1.0 - along)) / 4
-    return (sprites.STRETCH if height < 0.75 * HOP_HEIGHT else sprites.STAND), height
 
 
 def choreograph(shots: list[tuple[ShotSpec, int]], cast: list[tuple[str, str]], chunks: int, width: float, seed: int):

@@ -31,9 +31,8 @@ POSES = (
     Pose(step=1),
     Pose(step=-1),
     Pose(1.08, 0.90),
-    Pose(0.96, 1.06),
 )
-STAND, BREATHE, INHALE, BLINK, STEP_LEFT, STEP_RIGHT, SQUASH, STRETCH = range(len(POSES))
+STAND, BREATHE, INHALE, BLINK, STEP_LEFT, STEP_RIGHT, SQUASH = range(len(POSES))
 
 # Room for the largest body in its widest and tallest pose, with hat and outline.
 CANVAS_WIDTH, CANVAS_HEIGHT, CANVAS_FEET = 44, 48, 45
