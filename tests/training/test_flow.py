@@ -8,7 +8,7 @@ from PIL import Image
 
 from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
 from slotmemory.errors import InputError
-from slotmemory.training import flow, look, loop, shown
+from slotmemory.training import clips, flow, look, loop, shown
 from slotmemory.world.vocabulary import canonical
 
 
@@ -37,24 +37,24 @@ def random(seed=0):
 
 def test_a_chunk_sees_distant_chunks_and_the_clean_past_never_another_noisy_chunk(objective):
     options = objective.options
-    clean, per_clip = options.run - 1, flow.DISTANT + options.run - 1 + options.copies * options.run
+    clean, per_clip = options.run - 1, clips.DISTANT + options.run - 1 + options.copies * options.run
     for seed in range(20):
-        batch = objective.batch(objective.pool.at(0), random(seed))
+        batch = objective.clips.batch(objective.pool.at(0), random(seed))
         for row, seen in enumerate(batch.table.tolist()):
             clip, place = divmod(row, per_clip)
             for other in (s for s in seen if s >= 0):
                 assert other // per_clip == clip, "a clip saw another clip"
-                assert other % per_clip < flow.DISTANT + clean, "a noisy chunk was seen"
-                if place >= flow.DISTANT and other % per_clip >= flow.DISTANT:
+                assert other % per_clip < clips.DISTANT + clean, "a noisy chunk was seen"
+                if place >= clips.DISTANT and other % per_clip >= clips.DISTANT:
                     assert batch.frames[other].max() < batch.frames[row].min(), "the future was seen"
-            if place < flow.DISTANT:
+            if place < clips.DISTANT:
                 assert max(seen) < 0, "a distant chunk is encoded alone"
 
 
 def test_many_first_chunks_see_nothing_and_some_see_only_a_memory(objective):
     alone = remembered = count = 0
     for seed in range(40):
-        batch = objective.batch(objective.pool.at(0), random(seed))
+        batch = objective.clips.batch(objective.pool.at(0), random(seed))
         first = batch.noisy & (batch.frames[:, 0] == 0)
         sees = batch.table[first] >= 0
         alone, remembered, count = (
@@ -66,25 +66,25 @@ def test_many_first_chunks_see_nothing_and_some_see_only_a_memory(objective):
     assert remembered / count > 0.2
 
 
-def test_clips_about_a_return_show_who_comes_back_in_the_distant_chunk_and_hide_it_from_nobody(objective, monkeypatch):
-    monkeypatch.setattr(objective, "options", objective.options.model_copy(update={"returns": 1.0, "seconds": 40.0}))
-    item, per_clip = objective.make(3), flow.DISTANT + objective.options.run - 1
-    found = flow.returns_in(item, 2)
+def test_clips_about_a_return_show_who_comes_back_in_the_distant_chunk_and_hide_it_from_nobody(objective):
+    objective = with_options(objective, returns=1.0, seconds=40.0)
+    drawn, item, per_clip = objective.clips, objective.make(3), clips.DISTANT + objective.options.run - 1
+    found = clips.returns_in(item, 2)
     assert found
     for start, entity in found:
         assert not any(entity in item.visible[k] for k in (start - 2, start - 1))
         assert any(entity in item.visible[k] for k in range(start - 2))
     for seed in range(10):
-        first, far, entity = objective.clip_of_return(item, random(seed))
+        first, far, entity = drawn.clip_of_return(item, random(seed))
         start = next(k for k, who in found if who == entity and 0 <= k - first <= objective.options.run)
         assert entity in item.visible[far] and far < start
-        batch = objective.batch([item], random(seed))
-        assert (batch.table[per_clip:] == flow.MEMORY).any(1).all()
+        batch = objective.clips.batch([item], random(seed))
+        assert (batch.table[per_clip:] == clips.MEMORY).any(1).all()
 
 
 def test_keys_of_distant_chunks_stand_before_the_run_within_reach(objective):
-    batch = objective.batch(objective.pool.at(0), random())
-    far = batch.frames[: flow.DISTANT]
+    batch = objective.clips.batch(objective.pool.at(0), random())
+    far = batch.frames[: clips.DISTANT]
     assert (far < 0).all() and (far >= -3 * objective.options.far).all()
 
 
@@ -95,7 +95,7 @@ def test_hiding_leaves_the_entity_in_sight_or_a_part_of_the_chunk(objective):
     cells = item.cells[entity, chunk * 3 : chunk * 3 + 3].flatten()
     shares = set()
     for seed in range(60):
-        hidden = objective.hide(item, chunk, entity, random(seed))
+        hidden = objective.clips.hide(item, chunk, entity, random(seed))
         assert hidden.shape == cells.shape
         assert not hidden.all(), "a memory without a token"
         shares.add(round(float((~hidden & cells).sum() / cells.sum()), 1))
@@ -103,9 +103,9 @@ def test_hiding_leaves_the_entity_in_sight_or_a_part_of_the_chunk(objective):
 
 
 def test_clean_chunks_carry_little_noise_and_noisy_ones_the_samplers_levels(objective):
-    batch = objective.batch(objective.pool.at(0), random())
+    batch = objective.clips.batch(objective.pool.at(0), random())
     assert (batch.sigma[~batch.noisy] <= objective.options.context_noise).all()
-    levels = objective.schedule.warp(objective.levels)
+    levels = objective.clips.schedule.warp(objective.clips.levels)
     at_level = (batch.sigma[batch.noisy][:, None] - levels).abs().amin(1) < 1e-6
     assert at_level.float().mean() > 0.4
 
@@ -137,7 +137,7 @@ def with_options(objective, **changes):
 
 def test_a_still_step_shows_single_latent_frames_that_see_nothing_else(objective):
     still = with_options(objective, stills=1.0, still_rows=6, probe=0.5)
-    batch = still.still_batch(still.pool.at(0), random())
+    batch = still.clips.stills(still.pool.at(0), 12, random())
     assert batch.latents.shape[:2] == (12, 1) and batch.table.shape == (12, 0) and batch.noisy.all()
     loss, terms = still.loss(0, 0, random())
     assert set(terms) == {"still", "entity", "probe"} and torch.isfinite(loss)
@@ -154,7 +154,7 @@ def test_all_ranks_take_the_same_kind_of_step(objective):
 
 def test_own_predictions_replace_clean_chunks_only_and_only_below_the_limit(objective):
     own = with_options(objective, own_below=0.9)
-    batch = own.batch(own.pool.at(0), random())
+    batch = own.clips.batch(own.pool.at(0), random())
     changed = own.with_own_past(batch, torch.randn(batch.latents.shape, generator=random()))
     for row, (before, after) in enumerate(zip(batch.latents, changed.latents)):
         made = dict(batch.stand_ins).get(row)

@@ -206,7 +206,9 @@ def test_a_hop_goes_up_once_and_comes_down_once():
 
 
 def test_who_hops_holds_still_within_a_latent_frame():
-    narrative = Narrative.from_prompts(["A red robot jumps in the snow.", "A red robot jumps at night."], seed=2, size=UNITS)
+    narrative = Narrative.from_prompts(
+        ["A red robot jumps in the snow.", "A red robot jumps at night."], seed=2, size=UNITS
+    )
     for latent in range(1, 12):
         frames = latent_frames(latent)
         pictures = narrative.render(frames.start, frames.stop)

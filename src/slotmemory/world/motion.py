@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slotmemory.world import sprites
-from slotmemory.world.clock import FRAMES_PER_CHUNK, FRAMES_PER_LATENT, beat_of, chunk_frames, num_frames
+from slotmemory.world.clock import FRAMES_PER_LATENT, beat_of, chunk_frames, num_frames
 from slotmemory.world.grammar import Role, ShotSpec
 
 # All speeds are quarter units so that default-size sprites repeat their sub-pixel shifts (a sample is 1/4 pixel).
