@@ -151,7 +151,7 @@ class Numbered:
         return torch.tensor([[[float(self.met.index(p))]] for p in prompts]), torch.ones(len(prompts))
 
 
-@pytest.mark.parametrize("negative", [None, ""])
+@pytest.mark.parametrize("negative", [None, [""] * 6])
 def test_a_causal_score_is_shown_places_levels_and_prompts_row_by_row(negative):
     given, view = clip(10, 2, 3, batch=2), scores.Causal(3, 2, context_noise=0.1)
     network, text = Recorder(), Numbered()
@@ -167,6 +167,12 @@ def test_a_causal_score_is_shown_places_levels_and_prompts_row_by_row(negative):
     assert told[:3] == ["the first", "chunk 10, row 0", "chunk 11, row 0"] and told[6] == "chunk 10, row 1"
     rows = [f"chunk {k}, row {row}" for row in range(2) for k in (12, 13, 14)]
     assert told[10:] == (rows if negative is None else [""] * 6)
+
+
+def test_the_prompt_before_is_that_of_the_chunk_before_also_across_clips():
+    view = scores.Causal(3, 2)
+    assert view.prompts_before(clip(10, 2, 2)) == ["chunk 11, row 0", "chunk 12, row 0"]
+    assert view.prompts_before(clip(0, 0, 2)) == ["chunk 0, row 0", "chunk 0, row 0"]
 
 
 def test_a_joint_score_sees_whole_clips_and_counts_new_frames_only():

@@ -179,6 +179,25 @@ def test_reminders_lead_the_chunks_that_have_one_and_no_others(micro, other):
         torch.testing.assert_close(told[1], forgetful[1])
 
 
+def test_switches_lead_the_chunk_after_them_and_no_other(micro, other):
+    cat, ball = "A red cat walks in the meadow.", "A blue ball waits on the beach."
+    options = {**SHORT, "switch_guidance": 2.0, "guidance": 0.0, "switches": ()}
+    objective = build(long_tuning, micro, other, **options)
+    objective.source = type("Told", (), {"script": lambda *_: {0: cat, 4: ball}})()
+    random = loop.generator_for(0, 0, 0)
+    with torch.no_grad():
+        first = objective.clip(1, random)
+        assert objective.away(first, objective.noised(first, random)) == []  # nothing switches yet
+        clip = objective.clip(1, random)  # chunks 3 and 4
+        given = objective.noised(clip, random)
+        told = objective.predicted(objective.teacher, clip, given)
+        ((scale, late),) = objective.away(clip, given)
+    assert scale == 2.0 and not torch.allclose(told[1], late[1], atol=1e-4)
+    torch.testing.assert_close(told[0], late[0])
+    with pytest.raises(ValueError, match="switch_guidance needs score=causal"):
+        long_tuning.Options(switch_guidance=1.0, score="joint")
+
+
 def test_reminder_guidance_without_reminders_is_refused():
     with pytest.raises(ValueError, match="reminder_guidance needs reminders=true"):
         long_tuning.Options(reminder_guidance=1.0)

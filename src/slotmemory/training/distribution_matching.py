@@ -11,6 +11,7 @@ clip is made before the generator's update, not after it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -150,14 +151,17 @@ class Objective(Student):
         o = self.options
         return scores.noised(clip, self.view, self.schedule, random, lowest=o.lowest, highest=o.highest)
 
-    def predicted(self, network: Cast, clip: Clip, given: scores.Noised, negative: str | None = None) -> Tensor:
+    def predicted(
+        self, network: Cast, clip: Clip, given: scores.Noised, negative: Sequence[str] | None = None
+    ) -> Tensor:
         return scores.predicted(network, self.view, self.text, clip, given, self.looked_up, negative)
 
     def away(self, clip: Clip, given: scores.Noised) -> list[tuple[float, Tensor]]:
         """What the teacher's prediction is led away from, with the scale of each (`scores.guide`)."""
         if not self.options.guidance:
             return []
-        return [(self.options.guidance, self.predicted(self.teacher, clip, given, self.negative))]
+        negative = [self.negative] * len(given.noisy)
+        return [(self.options.guidance, self.predicted(self.teacher, clip, given, negative))]
 
     def loss(self, step: int, rank: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         self.student.refresh()

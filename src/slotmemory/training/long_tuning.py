@@ -45,6 +45,9 @@ class Options(distribution_matching.Options):
         ge=0,
         description="teacher: reminder_guidance (conditional - the same without its reminder) beside guidance",
     )
+    switch_guidance: float = Field(
+        0.0, ge=0, description="teacher: switch_guidance (conditional - the same under the prompt before a switch), too"
+    )
     reminder_weight: float = Field(1.0, gt=0, description="how often such a chunk counts, for generator and critic")
 
     @model_validator(mode="after")
@@ -53,6 +56,8 @@ class Options(distribution_matching.Options):
             raise ValueError(f"new={self.new} is more than a clip's chunks={self.chunks}")
         if self.reminder_guidance and not (self.reminders and self.score == "causal"):
             raise ValueError("reminder_guidance needs reminders=true and score=causal; else nothing reminds a score")
+        if self.switch_guidance and self.score != "causal":
+            raise ValueError("switch_guidance needs score=causal; a joint score has one prompt for a whole clip")
         return self
 
 
@@ -104,7 +109,7 @@ class Objective(distribution_matching.Objective):
         return script if not self.context.in_step or self.context.agreed_all(changes) else {0: told[0]}
 
     def readings(self) -> int:
-        return super().readings() + bool(self.options.reminder_guidance)
+        return super().readings() + bool(self.options.reminder_guidance) + bool(self.options.switch_guidance)
 
     def chunks_per_clip(self) -> float:
         o = self.options
@@ -149,6 +154,11 @@ class Objective(distribution_matching.Objective):
             past = given.past[: self.view.past_shape(alone)[0]]  # noise of reminders comes last
             forgetful = self.predicted(self.teacher, alone, replace(given, past=past))
             found.append((self.options.reminder_guidance, forgetful))
+        if self.options.switch_guidance:
+            before = self.view.prompts_before(clip)
+            if before != self.view.prompts(clip):
+                late = self.predicted(self.teacher, clip, given, before)
+                found.append((self.options.switch_guidance, late))
         return found
 
     # what outlives a step

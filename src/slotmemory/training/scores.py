@@ -89,10 +89,10 @@ class View(Protocol):
         clip: Clip,
         noisy: Tensor,
         timesteps: Tensor,
-        negative: str | None,
+        negative: Sequence[str] | None,
         past: Tensor,
     ) -> Tensor:
-        """The network's flow for noised rows at timesteps [R]; negative: a prompt in place of the rows' own.
+        """The network's flow for noised rows at timesteps [R]; negative: prompts in place of the rows' own.
 
         past: noise for what is shown as a past, in the shape of `past_shape`."""
         ...
@@ -136,10 +136,10 @@ class Joint:
         clip: Clip,
         noisy: Tensor,
         timesteps: Tensor,
-        negative: str | None,
+        negative: Sequence[str] | None,
         past: Tensor,
     ) -> Tensor:
-        prompts = self.prompts(clip) if negative is None else [negative] * len(noisy)
+        prompts = self.prompts(clip) if negative is None else negative
         frames = torch.arange(noisy.shape[1], device=noisy.device)
         steps = timesteps[:, None].expand(noisy.shape[:2])
         return network(noisy, steps, text_keys(network, text, prompts), frames)[0]
@@ -177,6 +177,12 @@ class Causal:
         made = clip.prompts[clip.past // self.length :]
         return [chunk[row] for row in range(len(clip.latents)) for chunk in made]
 
+    def prompts_before(self, clip: Clip) -> list[str]:
+        """Per row the prompt of the chunk before, its own where there is none."""
+        first = clip.past // self.length
+        before = [clip.prompts[max(0, k - 1)] for k in range(first, len(clip.prompts))]
+        return [chunk[row] for row in range(len(clip.latents)) for chunk in before]
+
     def past_shape(self, clip: Clip) -> tuple[int, ...]:
         batch, frames = clip.latents.shape[:2]
         clean = batch * (frames // self.length - (clip.start == 0)) + len(self._reminders(clip))
@@ -192,7 +198,7 @@ class Causal:
         clip: Clip,
         noisy: Tensor,
         timesteps: Tensor,
-        negative: str | None,
+        negative: Sequence[str] | None,
         past: Tensor,
     ) -> Tensor:
         """Rows of one pass: per stream the clean chunks that others see, then all noised ones."""
@@ -210,7 +216,7 @@ class Causal:
             clean = add_noise(clean, past, self.context_noise)
         far = (starts[:1] - 2 * length).expand(len(reminders))
         frames = torch.cat((places.repeat(batch), far, starts[clip.past // length :].repeat(batch)))
-        own = self.prompts(clip) if negative is None else [negative] * len(noisy)
+        own = self.prompts(clip) if negative is None else list(negative)
         prompts = [chunk[row] for row in range(batch) for chunk in told] + [told for *_, told in reminders] + own
         levels = torch.cat((timesteps.new_full((len(clean),), self.context_noise * 1000), timesteps))
         cell = network.config.patch[1] * network.config.patch[2]
@@ -281,7 +287,7 @@ def predicted(
     clip: Clip,
     given: Noised,
     schedule: FlowSchedule,
-    negative: str | None = None,
+    negative: Sequence[str] | None = None,
 ) -> Tensor:
     """The clean rows that a score network predicts; schedule: the table in which it looks its noise levels up."""
     flow = view.flow(network, text, clip, given.noisy, given.timesteps, negative, given.past)
