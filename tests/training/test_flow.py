@@ -77,7 +77,7 @@ def test_clips_about_a_return_show_who_comes_back_in_the_distant_chunk_and_hide_
     for seed in range(10):
         first, far, entity = drawn.clip_of_return(item, random(seed))
         start = next(k for k, who in found if who == entity and 0 <= k - first <= objective.options.run)
-        assert entity in item.visible[far] and far < start
+        assert entity in item.visible[far] and far < first
         batch = objective.clips.batch([item], random(seed))
         assert (batch.table[per_clip:] == clips.MEMORY).any(1).all()
 

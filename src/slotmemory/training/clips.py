@@ -83,7 +83,7 @@ def returns_in(item: Encoded, past: int) -> list[tuple[int, int]]:
 
 
 class Clips:
-    """Draws batches; one of its own per process."""
+    """Draws batches from encoded narratives."""
 
     def __init__(self, options: ClipOptions):
         self.options = options
@@ -112,9 +112,9 @@ class Clips:
         if not found:
             return None
         start, entity = found[int(pick * len(found))]
-        earlier = [k for k in range(start) if entity in item.visible[k]]
         first = min(start - int(lead * (self.options.past + 1)), item.chunks - self.options.run)
-        return first, earlier[int(which * len(earlier))], entity
+        earlier = [k for k in range(first) if entity in item.visible[k]]
+        return (first, earlier[int(which * len(earlier))], entity) if earlier else None
 
     def memory_chunk(self, item: Encoded, start: int, random: torch.Generator) -> tuple[int, int]:
         """Draw a chunk outside the run, mostly one that shows an entity of the run -> (chunk, entity or -1)."""

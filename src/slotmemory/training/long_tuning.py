@@ -38,7 +38,7 @@ class Options(distribution_matching.Options):
     )
     reminders: bool = Field(
         False,
-        description="causal scores: a returning entity's chunk sees the last one that showed it (narrative world)",
+        description="causal scores: the first two chunks of a returning entity see the last that showed it (narrative world)",
     )
     reminder_guidance: float = Field(
         0.0,
