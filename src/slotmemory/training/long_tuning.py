@@ -48,7 +48,9 @@ class Options(distribution_matching.Options):
     switch_guidance: float = Field(
         0.0, ge=0, description="teacher: switch_guidance (conditional - the same under the prompt before a switch), too"
     )
-    reminder_weight: float = Field(1.0, gt=0, description="how often such a chunk counts, for generator and critic")
+    reminder_weight: float = Field(
+        1.0, gt=0, description="how often a chunk with a reminder counts, for generator and critic"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Options:
