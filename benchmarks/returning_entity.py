@@ -211,14 +211,17 @@ def _degrees(x: Interval, form: str = ".1f") -> str:
 
 
 def draw_filmstrip(results: Results, scripts: Sequence[ReturnScript], memories: Sequence[str], count: int) -> None:
-    """A row per script, a column per memory: the first appearance above the return."""
+    """A row per script, a column per memory: the first appearance above the return. Scripts without pictures of all
+    memories, as in a folder that came without its frames, are left out."""
+    drawn = [s for s in scripts if all(results.picture(memory, s.number).exists() for memory in memories)]
     shots, captions = [], []
-    for script in scripts[:count]:
+    for script in drawn[:count]:
         for memory in memories:
             pair = np.asarray(Image.open(results.picture(memory, script.number)))
             shots.append(pair.reshape(2, -1, *pair.shape[1:]).transpose(0, 3, 1, 2))
             captions.append(f"{memory}\n{' '.join(script.hero)}, away {script.gap_seconds:.0f} s")
-    filmstrip(shots, captions, results.folder / "filmstrip.png", columns=len(memories), frame_width=240)
+    if shots:
+        filmstrip(shots, captions, results.folder / "filmstrip.png", columns=len(memories), frame_width=240)
 
 
 # the command
@@ -266,7 +269,7 @@ def run(arguments: argparse.Namespace) -> None:
     (results.folder / "report.md").write_text(text)
     (results.folder / "report.json").write_text(json.dumps(finite({"settings": settings, **numbers}), indent=1))
     draw_filmstrip(results, scripts, memories, arguments.strips)
-    print(f"\n{text}\n{results.folder}/report.md, report.json, filmstrip.png")
+    print(f"\n{text}\n{results.folder}: report.md, report.json, and filmstrip.png where frames were kept")
 
 
 def main() -> int:

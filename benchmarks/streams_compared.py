@@ -4,9 +4,10 @@
 
 Every model streams the same narratives, prompt after prompt, from the same seeds; `@MEMORY` gives one a memory of its own.
 Measured are drift (`slotmemory/evaluation/drift.py`) and motion (`motion.py`) against the world's own tellings of the same
-prompts. `--reference` adds `rendered`, no model: one more telling, through the first model's codec, which is what any model
-can reach. Results are kept one line per (model, script), so a stopped run goes on where it was; weights that have changed
-are streamed anew. Writes report.md, report.json and filmstrip.png.
+prompts, and whether chunks show what their prompts ask for (`prompts.py`). `--reference` adds `rendered`, no model: one
+more telling, through the first model's codec, which is what any model can reach. Results are kept one line per (model,
+script), so a stopped run goes on where it was; weights that have changed are streamed anew. Writes report.md, report.json
+and filmstrip.png.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from slotmemory.codecs.base import to_float, to_uint8
 from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.engine import Engine
 from slotmemory.errors import InputError
-from slotmemory.evaluation import drift, motion
+from slotmemory.evaluation import drift, motion, prompts
+from slotmemory.evaluation.reader import Reader
 from slotmemory.evaluation.results import Lines, shown, status_of, table
 from slotmemory.evaluation.returning import FIRST_SEED, bootstrap, paired
 from slotmemory.layout import Layout
@@ -42,6 +44,7 @@ from slotmemory.world.renderer import WorldSize
 
 RENDERED = "rendered"
 SEEDS = FIRST_SEED + 1_000_000  # beyond what anything was trained, validated or asked for returns on
+MEASURED = ["drift", "motion", "prompts"]  # lines of a folder all say the same
 TELLINGS = 3  # of each script by the world, to compare with
 APART = 10_000  # between the seeds of two tellings
 
@@ -67,13 +70,18 @@ SUMMARY = (
     Column("static", "static, %", ".0f", 100),
     Column("unrest", "unrest, %", ".2f", 100),
     Column("flicker", "flicker", ".2f"),
+    Column("at_cuts", "right at cuts, %", ".0f", 100),
+    Column("between", "right between, %", ".0f", 100),
+    Column("kept", "looks kept, %", ".0f", 100),
 )
 LEGEND = (
     "Means over scripts with bootstrapped 95 % intervals. *frames/s*: of processor time, decoding included. *distance*: "
     "Frechet, of latents to those of the world's tellings, 1 where one more telling would be, in the first and the last "
     "window of about 10 s. *sharpness* and the other looks: in % of the world's. *motion*: blocks that move, in % of the "
     "world's; *static*: seconds in which the world moves and the video does not; *unrest*: blocks that move while the "
-    "world stands still; *flicker*: change where chunks meet by change at other latents, 1 as in the world."
+    "world stands still; *flicker*: change where chunks meet by change at other latents, 1 as in the world. *right*: "
+    "chunks that show who their prompt asks for, those after a cut and all others; *looks kept*: neighbouring chunks of a lone "
+    "one that agree on pattern and accessory."
 )
 
 
@@ -147,19 +155,21 @@ def rendered(engine: Engine, narrative: Narrative) -> Tensor:
 class World:
     """What the world makes of a script, to compare videos with."""
 
-    def __init__(self, script: int, seconds: float, layout: Layout, eye: PreviewCodec) -> None:
-        self.eye = eye
+    def __init__(self, script: int, seconds: float, layout: Layout, eye: PreviewCodec, reader: Reader) -> None:
+        self.eye, self.reader = eye, reader
         told = [tell(script, seconds, layout, telling) for telling in range(1, TELLINGS + 1)]
-        self.switches = [shot.start_chunk for shot in told[0].shots]
+        self.plot = told[0]
+        self.switches = [shot.start_chunk for shot in self.plot.shots]
         self.videos = [torch.from_numpy(narrative.render()) for narrative in told]
         self.windows = drift.describe(self.videos, eye)
 
     def measure(self, video: Tensor) -> dict[str, Any]:
-        """What is kept of a video: every window's drift, and its motion."""
+        """What is kept of a video: every window's drift, its motion, and how it follows prompts."""
         return {
             "windows": [round(window.seconds, 3) for window in self.windows],
             "drift": drift.measure(video, self.windows, self.eye),
             "motion": motion.measure(video, self.videos, self.switches)._asdict(),
+            "prompts": prompts.measure(video, self.plot, self.reader)._asdict(),
         }
 
 
@@ -172,7 +182,7 @@ def quantities(line: Mapping[str, Any]) -> dict[str, float | None]:
     for name, values in line["drift"].items():
         course = drift.course(values, line["windows"])
         found |= {f"{name}.{part}": value for part, value in course._asdict().items()}
-    return found | line["motion"]
+    return found | line["motion"] | line["prompts"]
 
 
 def report(found: Mapping[str, Mapping[int, Mapping[str, float | None]]]) -> tuple[str, dict[str, Any]]:
@@ -250,7 +260,7 @@ def draw(folder: Path, who: Sequence[Contestant], narratives: Sequence[Narrative
 
 def stream_all(given: argparse.Namespace, who: Sequence[Contestant], results: Lines) -> list[Narrative]:
     """Stream what is not there yet, script by script -> the scripts' narratives, as large as the first model's frames."""
-    engines, eye = {one: load(one, given.device) for one in who}, drift.eye()
+    engines, eye, reader = {one: load(one, given.device) for one in who}, drift.eye(), Reader.load()
     for script in range(given.scripts):
         worlds: dict[tuple[int, int], World] = {}
         for one in who:
@@ -266,7 +276,7 @@ def stream_all(given: argparse.Namespace, who: Sequence[Contestant], results: Li
                 seconds = round(time.process_time() - started, 3)
             size = engine.layout.height, engine.layout.width
             if size not in worlds:
-                worlds[size] = World(script, given.seconds, engine.layout, eye)
+                worlds[size] = World(script, given.seconds, engine.layout, eye, reader)
             keep_moments(video, given.moments, picture(results.folder, one, script))
             line = {**asdict(one), "script": script, "frames": len(video), "seconds": seconds}
             results.add(line | worlds[size].measure(video))
@@ -283,7 +293,7 @@ def run(given: argparse.Namespace) -> None:
     if min(given.scripts, given.moments) < 1:
         raise InputError(f"--scripts {given.scripts} --moments {given.moments}; expected at least one of each")
     who = contestants(given)
-    settings = {"seconds": given.seconds, "moments": given.moments}
+    settings = {"seconds": given.seconds, "moments": given.moments, "measured": MEASURED}
     results = Lines(Path(given.out), settings)
     narratives = stream_all(given, who, results)
     found = {

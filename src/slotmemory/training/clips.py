@@ -91,15 +91,15 @@ class Clips:
         self.levels = torch.tensor([s / 1000 for s in options.steps])
 
     def clip_start(self, item: Encoded, random: torch.Generator) -> int:
-        """Draw where a run begins: often at, or a little before, a new shot, because that is where memory matters."""
+        """Draw where a run begins: often a little before a new shot, so that its first chunk sees the shot before."""
         kind, pick = torch.rand(2, generator=random).tolist()
         start = item.starts[int(pick * len(item.starts))]
         latest = item.chunks - self.options.run
-        if kind < 0.35:
+        if kind < 0.15:
             place = start
-        elif kind < 0.5:
+        elif kind < 0.45:
             place = start - 1
-        elif kind < 0.7:
+        elif kind < 0.75:
             place = start - 2
         else:
             place = int(pick * (latest + 1))

@@ -12,7 +12,7 @@ from slotmemory.world.vocabulary import COLOURS, KINDS
 
 PATTERNS = ("plain", "stripes", "spots", "half")
 ACCESSORIES = ("none", "hat", "crown", "bow")
-SIZES = (0.9, 1.1)
+SIZES = (0.95, 1.05)
 
 # Degrees. The jitter is as wide as the name stays unambiguous to the eye: red borders orange, yellow borders lime.
 HUES = {"red": 0.0, "yellow": 50.0, "green": 128.0, "blue": 212.0, "purple": 280.0}

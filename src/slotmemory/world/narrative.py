@@ -48,7 +48,7 @@ class Narrative:
         cast = list(dict.fromkeys(role.identity for shot in self.shots for role in shot.spec.roles))
         self.entities: list[Entity] = [entity_of(seed, colour, kind) for colour, kind in cast]
         directions = [(shot.spec, shot.start_chunk) for shot in self.shots]
-        self._stage = Stage(self.entities, choreograph(directions, cast, chunks, self.size.units_wide, seed), self.size)
+        self._stage = Stage(self.entities, choreograph(directions, cast, chunks, self.size.units_wide), self.size)
         self._backgrounds: dict[str, np.ndarray] = {}
         self._shot_of_chunk = np.searchsorted([shot.start_chunk for shot in self.shots], np.arange(chunks), "right") - 1
         self._cut_frames = {

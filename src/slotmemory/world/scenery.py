@@ -11,6 +11,7 @@ from slotmemory.world.vocabulary import SCENES
 
 UNITS_HIGH = 48.0
 TINT = 0.04
+FAR, NEAR = (0.14, 0.20), (0.80, 0.86)  # where landmarks are, of the width
 
 
 class Backdrop:
@@ -44,10 +45,9 @@ def paint_scene(scene: str, seed: int, width: int, height: int) -> np.ndarray:
     """Paint the background [3, H, W] uint8 that this scene has in the narrative of this seed."""
     rng = np.random.default_rng([seed, 1000 + SCENES.index(scene)])
     tint = (1.0 + rng.uniform(-TINT, TINT, size=3)).astype(np.float32)
-    # One landmark left, one right, sides by chance.
-    near, far = rng.uniform(0.08, 0.30), rng.uniform(0.70, 0.92)
-    if rng.random() < 0.5:
-        near, far = far, near
+    # The far landmark left, the near one right, and only about where by chance: one that may be on either side is drawn on
+    # both by a model that has not made up its mind.
+    far, near = rng.uniform(*FAR), rng.uniform(*NEAR)
     backdrop = Backdrop(width, height, tint)
     painter = {"meadow": _meadow, "beach": _beach, "snow": _snow, "night": _night}[scene]
     painter(backdrop, near * backdrop.units_wide, far * backdrop.units_wide)
