@@ -82,6 +82,21 @@ def test_clips_about_a_return_show_who_comes_back_in_the_distant_chunk_and_hide_
         assert (batch.table[per_clip:] == clips.MEMORY).any(1).all()
 
 
+def test_a_montage_cuts_to_other_scenes_only_and_goes_on_elsewhere(objective):
+    drawn, cuts = with_options(objective, montage=1.0, seconds=40.0), 0
+    for number in range(8):
+        item = drawn.make(number)
+        for seed in range(20):
+            run = drawn.clips.run_of(item, random(seed))
+            assert len(run) == drawn.options.run and 0 <= min(run) and max(run) < item.chunks
+            for before, chunk in zip(run, run[1:]):
+                if chunk != before + 1:
+                    cuts += 1
+                    assert chunk in item.cuts and item.scenes[chunk] != item.scenes[before]
+                    assert (chunk - before) % 2, "half a breath would come twice"
+    assert cuts > 100
+
+
 def test_keys_of_distant_chunks_stand_before_the_run_within_reach(objective):
     batch = objective.clips.batch(objective.pool.at(0), random())
     far = batch.frames[: clips.DISTANT]

@@ -9,6 +9,7 @@ Rows of a batch are chunks (`attention.Rows`); keys are placed by role, so that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from slotmemory.training.recipe import Frozen
 
 SINK, MEMORY = 0, 1
 DISTANT = 2
+CUTS = 0.6  # share of a montage's chunks that begin another scene
 
 
 class ClipOptions(Frozen):
@@ -43,6 +45,7 @@ class ClipOptions(Frozen):
     no_past: float = 0.1
     alone: float = Field(0.6, description="share of the run's first chunks that see nothing at all")
     returns: float = Field(0.0, description="share of clips about a return: the distant chunk shows who comes back")
+    montage: float = Field(0.0, description="share of the other clips that are cut anew, from scene to scene")
     shift: float = Field(5.0, description="warp of the noise levels that are drawn evenly")
 
 
@@ -116,9 +119,32 @@ class Clips:
         earlier = [k for k in range(first) if entity in item.visible[k]]
         return (first, earlier[int(which * len(earlier))], entity) if earlier else None
 
-    def memory_chunk(self, item: Encoded, start: int, random: torch.Generator) -> tuple[int, int]:
+    def run_of(self, item: Encoded, random: torch.Generator) -> list[int]:
+        """Draw the chunks of a run: consecutive ones, or cut anew."""
+        if float(torch.rand(1, generator=random)) < self.options.montage:
+            return self.recut(item, random)
+        start = self.clip_start(item, random)
+        return list(range(start, start + self.options.run))
+
+    def recut(self, item: Encoded, random: torch.Generator) -> list[int]:
+        """Cut a narrative anew: a run that jumps to where another scene begins wherever it likes to. After a cut nothing
+        goes on, so any chunk may come before it, and one clip has several; in the narrative itself they are rare, and a
+        model that hardly meets them learns to let the old cast walk through the new scene."""
+        o = self.options
+        chunk, *jumps = torch.rand(o.run, generator=random).tolist()
+        run = [int(chunk * (item.chunks - o.run + 1))]
+        for jump in jumps:
+            # Breath takes two chunks, so that a chunk of the same parity would repeat half of it.
+            cuts = [
+                k
+                for k in item.cuts
+                if item.scenes[k] != item.scenes[run[-1]] and (k - run[-1]) % 2 and k + o.run - len(run) <= item.chunks
+            ]
+            run.append(cuts[int(jump / CUTS * len(cuts))] if cuts and jump < CUTS else run[-1] + 1)
+        return run
+
+    def memory_chunk(self, item: Encoded, run: Sequence[int], random: torch.Generator) -> tuple[int, int]:
         """Draw a chunk outside the run, mostly one that shows an entity of the run -> (chunk, entity or -1)."""
-        run = range(start, start + self.options.run)
         outside = [k for k in range(item.chunks) if k not in run]
         shown = sorted(set().union(*(item.visible[k] for k in run)))
         kind, which, pick = torch.rand(3, generator=random).tolist()
@@ -169,10 +195,11 @@ class Clips:
             returns = float(torch.rand(1, generator=random)) < o.returns and self.clip_of_return(item, random)
             if returns:
                 start, far, entity = returns
+                run = list(range(start, start + o.run))
             else:
-                start = self.clip_start(item, random)
-                far, entity = self.memory_chunk(item, start, random)
-            chosen = [0, far, *range(start, start + clean), *list(range(start, start + o.run)) * o.copies]
+                run = self.run_of(item, random)
+                far, entity = self.memory_chunk(item, run, random)
+            chosen = [0, far, *run[:clean], *run * o.copies]
             away = -size * (1 + torch.randint(o.far, (2,), generator=random))
             firsts = [*away.tolist(), *(size * j for j in range(clean)), *[size * j for j in range(o.run)] * o.copies]
             for chunk, first in zip(chosen, firsts):
@@ -188,7 +215,7 @@ class Clips:
             noised = torch.rand(DISTANT + clean, generator=random) < o.noised
             sigma.append(torch.rand(DISTANT + clean, generator=random) * o.context_noise * noised)
             sigma.append(self.draw_sigma(o.copies * o.run, random))
-            table += self.rows(base, use_sink and start > 0, o.past if use_far_past else 1, random, bool(returns))
+            table += self.rows(base, use_sink and run[0] > 0, o.past if use_far_past else 1, random, bool(returns))
             stand_ins += [(base + DISTANT + j, base + DISTANT + clean + j) for j in range(clean)]
         sigma_all = torch.cat(sigma)
         noisy = torch.arange(per_clip) >= DISTANT + clean
