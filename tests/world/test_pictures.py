@@ -206,11 +206,11 @@ def test_a_hop_goes_up_once_and_comes_down_once():
     assert (np.diff(np.sign(np.diff(heights)[np.diff(heights) != 0])) != 0).sum() == 1
 
 
-def test_who_hops_holds_still_within_a_latent_frame():
-    narrative = Narrative.from_prompts(
-        ["A red robot jumps in the snow.", "A red robot jumps at night."], seed=2, size=UNITS
-    )
-    for latent in range(1, 12):
+@pytest.mark.parametrize("action", ["walks", "jumps", "waits"])
+def test_every_drawing_is_held_for_a_latent(action):
+    told = ["The snow is empty.", f"A red robot {action} in the snow.", f"A red robot {action} at night."]
+    narrative = Narrative.from_prompts(told, seed=2, size=UNITS)
+    for latent in range(1, 36):
         frames = latent_frames(latent)
         pictures = narrative.render(frames.start, frames.stop)
         assert (pictures == pictures[:1]).all()
@@ -220,8 +220,8 @@ def test_a_walker_goes_to_and_fro_and_turns_to_where_it_goes():
     narrative = Narrative.from_prompts(["A yellow robot walks in the snow."], seed=2, chunks_per_shot=9, size=UNITS)
     truth = narrative.truth(9, 105)
     steps = np.array([truth.flow[t, 0][truth.masks[t] == 1].mean() for t in range(95)])
-    assert set(np.abs(steps)) == {0.75}  # 12 units per second
-    assert (np.diff(steps) != 0).sum() == 4  # 96 frames, turning every 24
+    assert set(np.abs(steps)) == {0.0, 3.0} and (np.flatnonzero(steps) % 4 == 3).all()  # held for a latent; 12 units/s
+    assert (np.diff(steps[3::4]) != 0).sum() == 3  # 24 latents, turning every six, the first time after three
     assert 16 <= np.ptp(truth.boxes[0, :, 0]) <= 20
 
 
@@ -257,8 +257,8 @@ def test_newcomers_and_leavers_cross_the_edge_while_the_scene_stays(story):
     arrives = story.truth(chunk_frames(3).start, chunk_frames(5).stop).visibility[robot]
     assert arrives[0] == 0 and arrives[-1] == 1
     assert ((arrives > 0) & (arrives < 1)).sum() >= 4
-    truth = story.truth(chunk_frames(3).start + 12, chunk_frames(3).start + 14)
-    assert np.allclose(truth.flow[0, 0][truth.masks[0] == robot + 1], -3.0)  # 24 units of 2 pixels per second
+    truth = story.truth(chunk_frames(4).start + 3, chunk_frames(4).start + 5)
+    assert np.allclose(truth.flow[0, 0][truth.masks[0] == robot + 1], -12.0)  # a latent's way, 24 units per second
     leaves = story.truth(chunk_frames(11).start, chunk_frames(13).stop).visibility[robot]
     assert leaves[0] > 0.8 and leaves[-1] == 0
 

@@ -1,6 +1,8 @@
-"""Move the cast: where every individual stands, which way it looks and which pose it strikes, frame by frame.
+"""Move the cast: where every individual stands, which way it looks and which pose it strikes, latent by latent.
 
-Knows shots and time, no pixels. Distances are in units (1/48 of the frame height), speeds in units per frame.
+Knows shots and time, no pixels. Distances are in units (1/48 of the frame height), speeds in units per latent.
+Every drawing is held for a latent, a quarter of a second, as in stop-motion films: what moves within the four frames of a
+latent blurs in a small codec, and who walks has three eyes.
 """
 
 from dataclasses import dataclass
@@ -8,24 +10,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from slotmemory.world import sprites
-from slotmemory.world.clock import FRAMES_PER_LATENT, beat_of, chunk_frames, num_frames
+from slotmemory.world.clock import LATENTS_PER_CHUNK, latent_frames, num_frames
 from slotmemory.world.grammar import Role, ShotSpec
 
-# All speeds are quarter units so that default-size sprites repeat their sub-pixel shifts (a sample is 1/4 pixel).
-WALK_SPEED = 0.75  # 12 units/s
-DRIFT_SPEED = 1.5
-ENTRY_SPEED = 1.5  # 24 units/s; quicker ones blur in the codec
-WALK_REACH_ALONE = 9.0  # there and back in 48 frames
-WALK_REACH_PAIR = 4.5  # there and back in 24 frames
+# All distances are quarter units so that default-size sprites repeat their sub-pixel shifts (a sample is 1/4 pixel).
+WALK_REACH_ALONE = 9.0  # from the middle of a walk to where it turns
+WALK_REACH_PAIR = 4.5
+WALK_LATENTS = 3  # for that; there and back in three seconds
+TRAVEL_SPEED = 6.0  # in, out and across, 24 units/s
 PAIR_HOMES = (0.26, 0.74)
 SOLO_HOME = 0.5
 OFFSTAGE = 20.0  # beyond the edge, no part of a body shows
 FLOAT_HEIGHT = 1.0
-_BREATHS = (sprites.STAND, sprites.BREATHE, sprites.INHALE, sprites.INHALE, sprites.BREATHE, sprites.STAND)
+_STEPS = (sprites.STEP_LEFT, sprites.STEP_RIGHT)
+_BREATHS = (sprites.STAND, sprites.BREATHE, sprites.INHALE, sprites.INHALE, sprites.BREATHE, sprites.BLINK)
 _FLOAT_LIFTS = (0.0, 0.5, 1.0, 1.0, 0.5, 0.0)
-# A latent is four frames, and what is quick within one blurs in any codec: a hop is three drawings, held for a latent each.
 _HOP = ((sprites.SQUASH, 0.0), (sprites.INHALE, 4.5), (sprites.STAND, 2.5))
-_BREATH_FRAMES = FRAMES_PER_LATENT * len(_BREATHS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Track:
 
 
 class _Actor:
-    """One individual while the frames are played through."""
+    """One individual while the latents are played through."""
 
     def __init__(self, kind: str, width: float, frames: int):
         self._floats = kind == "ghost"
@@ -83,55 +83,53 @@ class _Actor:
         elif self._state == "leaving":
             self._state = "entering"
 
-    def play(self, frame: int) -> None:
-        """Record this frame, then move to the next."""
+    def play(self, latent: int) -> None:
+        """Draw this latent, then move to the next."""
         if self._state == "away":
             return
         off_home = self._home - self._x
         if self._state == "entering" and off_home:
             self._facing = 1 if off_home > 0 else -1
-        self._record(frame, off_home)
+        self._draw(latent, off_home)
         if self._state == "leaving":
-            self._x += ENTRY_SPEED * self._facing
+            self._x += TRAVEL_SPEED * self._facing
             if not -OFFSTAGE < self._x < self._width + OFFSTAGE:
                 self._state = "away"
         elif self._state == "entering":
-            self._approach(off_home, ENTRY_SPEED)
+            self._approach(off_home)
             if self._x == self._home:
                 self._state = "here"
         elif self._action == "walks" and abs(off_home) <= self._reach:
-            if (self._facing > 0 and -off_home >= self._reach) or (self._facing < 0 and off_home >= self._reach):
+            if -off_home * self._facing >= self._reach:
                 self._facing = -self._facing
-            self._x += WALK_SPEED * self._facing
+            self._x += self._reach / WALK_LATENTS * self._facing
         elif off_home:
-            self._approach(off_home, DRIFT_SPEED)
+            self._approach(off_home)
 
-    def _approach(self, distance: float, speed: float) -> None:
-        self._x += float(np.clip(distance, -speed, speed))
+    def _approach(self, distance: float) -> None:
+        self._x += float(np.clip(distance, -TRAVEL_SPEED, TRAVEL_SPEED))
 
-    def _record(self, frame: int, off_home: float) -> None:
+    def _draw(self, latent: int, off_home: float) -> None:
         travels = self._state != "here" or self._action == "walks" or (self._action == "waits" and off_home != 0.0)
         if self._state == "here" and travels and abs(off_home) > self._reach * (self._action == "walks"):
             self._facing = 1 if off_home > 0 else -1
         lift = FLOAT_HEIGHT * self._floats
-        beat = beat_of(frame)
+        beat, breath = latent % len(_HOP), latent % len(_BREATHS)
         if self._state == "here" and self._action == "jumps" and beat == 0:
             # Hops stay locked to chunk starts, so a newcomer waits for the next one.
             self._hops = True
         if travels:
-            pose = (sprites.STEP_LEFT, sprites.STEP_RIGHT)[beat_of(frame, 2 * FRAMES_PER_LATENT) // FRAMES_PER_LATENT]
+            pose = _STEPS[latent % len(_STEPS)]
         elif self._hops and self._state == "here" and self._action == "jumps":
-            pose, height = _HOP[beat // FRAMES_PER_LATENT]
+            pose, height = _HOP[beat]
             lift += height
         else:
-            breath = beat_of(frame, _BREATH_FRAMES)
-            pose = _BREATHS[breath // FRAMES_PER_LATENT]
-            lift += self._floats * _FLOAT_LIFTS[breath // FRAMES_PER_LATENT]
-            if breath >= _BREATH_FRAMES - FRAMES_PER_LATENT:
-                pose = sprites.BLINK
-        track = self.track
-        track.x[frame], track.lift[frame], track.pose[frame] = self._x, lift, pose
-        track.facing[frame], track.present[frame] = self._facing, True
+            pose = _BREATHS[breath]
+            lift += self._floats * _FLOAT_LIFTS[breath]
+        held, track = latent_frames(latent), self.track
+        frames = slice(held.start, held.stop)
+        track.x[frames], track.lift[frames], track.pose[frames] = self._x, lift, pose
+        track.facing[frames], track.present[frames] = self._facing, True
 
 
 def choreograph(shots: list[tuple[ShotSpec, int]], cast: list[tuple[str, str]], chunks: int, width: float):
@@ -149,7 +147,7 @@ def choreograph(shots: list[tuple[ShotSpec, int]], cast: list[tuple[str, str]], 
             role = None if place is None else spec.roles[place]
             actor.cue(role, place or 0, len(spec.roles), cuts=spec.scene != scene)
         scene = spec.scene
-        for frame in range(chunk_frames(start).start, chunk_frames(last_chunk).stop):
+        for latent in range(LATENTS_PER_CHUNK * start, LATENTS_PER_CHUNK * (last_chunk + 1)):
             for actor in actors.values():
-                actor.play(frame)
+                actor.play(latent)
     return [actors[identity].track for identity in cast]
