@@ -48,8 +48,8 @@ def judge(readings: Sequence[Reading], narrative: Narrative) -> Followed:
     at_cuts, between, kept = [], [], []
     before: tuple[int, Reading] | None = None  # the lone one of the chunk before, and how it looked
     for chunk, reading in enumerate(readings):
-        there, cut, begins = sure(narrative, chunk), is_cut(narrative, chunk), starts(narrative, chunk)
-        if begins:
+        there = sure(narrative, chunk)
+        if narrative.shot(chunk).start_chunk == chunk:
             before = None
         if there is None:
             continue
@@ -61,7 +61,7 @@ def judge(readings: Sequence[Reading], narrative: Narrative) -> Followed:
                 earlier = before[1]
                 kept.append((reading.pattern, reading.accessory) == (earlier.pattern, earlier.accessory))
             before = there[0], reading
-        (at_cuts if cut else between).append(right)
+        (at_cuts if chunk in narrative.cuts else between).append(right)
     return Followed(*(sum(x) / len(x) if x else None for x in (at_cuts, between, kept)))
 
 
@@ -73,14 +73,3 @@ def sure(narrative: Narrative, chunk: int) -> list[int] | None:
     if not (whole | gone).all():
         return None
     return whole.nonzero()[0].tolist()
-
-
-def starts(narrative: Narrative, chunk: int) -> bool:
-    return narrative.shot(chunk).start_chunk == chunk
-
-
-def is_cut(narrative: Narrative, chunk: int) -> bool:
-    """Whether another scene begins with this chunk."""
-    return bool(
-        chunk and starts(narrative, chunk) and narrative.shot(chunk - 1).spec.scene != narrative.shot(chunk).spec.scene
-    )

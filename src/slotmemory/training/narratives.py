@@ -38,16 +38,12 @@ class Encoded:
     prompts: list[str]
     visible: list[frozenset[int]]
     starts: list[int]  # chunks at which a shot begins, 0 included
+    cuts: list[int]  # chunks at which another scene begins, with everybody in place
     scenes: list[str]  # of every chunk
 
     @property
     def chunks(self) -> int:
         return len(self.prompts)
-
-    @property
-    def cuts(self) -> list[int]:
-        """Chunks at which another scene begins, with everybody in place."""
-        return [k for k in self.starts if k and self.scenes[k] != self.scenes[k - 1]]
 
 
 @torch.no_grad()
@@ -80,6 +76,7 @@ def encode(narrative: Narrative, codec: Codec, frames_per_chunk: int = 3, patch:
         prompts,
         [frozenset(narrative.visible(k)) for k in range(chunks)],
         [k for k in range(chunks) if k == 0 or prompts[k] != prompts[k - 1]],
+        narrative.cuts,
         [narrative.shot(k).spec.scene for k in range(chunks)],
     )
 

@@ -29,8 +29,9 @@ class Shot:
 
 class Narrative:
     """A seeded video of so many chunks; the same arguments always give the same pixels.
-    shots: (prompt or ShotSpec, start chunk) in order, the first at chunk 0. `.entities` are all individuals in order
-    of first mention; the unstated looks of each depend on the seed and its (colour, kind) alone."""
+    shots: (prompt or ShotSpec, start chunk) in order, the first at chunk 0. `.cuts` are the chunks that another scene begins
+    with, `.entities` all individuals in order of first mention; the unstated looks of each depend on the seed and its
+    (colour, kind) alone."""
 
     def __init__(
         self, shots: Sequence[tuple[ShotSpec | str, int]], chunks: int, seed: int, size: WorldSize | None = None
@@ -51,11 +52,10 @@ class Narrative:
         self._stage = Stage(self.entities, choreograph(directions, cast, chunks, self.size.units_wide), self.size)
         self._backgrounds: dict[str, np.ndarray] = {}
         self._shot_of_chunk = np.searchsorted([shot.start_chunk for shot in self.shots], np.arange(chunks), "right") - 1
-        self._cut_frames = {
-            chunk_frames(shot.start_chunk).start
-            for before, shot in zip(self.shots, self.shots[1:])
-            if shot.spec.scene != before.spec.scene
-        }
+        self.cuts: list[int] = [
+            shot.start_chunk for before, shot in zip(self.shots, self.shots[1:]) if shot.spec.scene != before.spec.scene
+        ]
+        self._cut_frames = {chunk_frames(chunk).start for chunk in self.cuts}
 
     @classmethod
     def random(cls, seed: int, seconds: float, size: WorldSize | None = None) -> "Narrative":
