@@ -80,8 +80,8 @@ LEGEND = (
     "window of about 10 s. *sharpness* and the other looks: in % of the world's. *motion*: blocks that move, in % of the "
     "world's; *static*: seconds in which the world moves and the video does not; *unrest*: blocks that move while the "
     "world stands still; *flicker*: change where chunks meet by change at other latents, 1 as in the world. *right*: "
-    "chunks that show who their prompt asks for, those after a cut and all others; *looks kept*: neighbouring chunks of a lone "
-    "one that agree on pattern and accessory."
+    "chunks that show who their prompt asks for, those after a cut and all others; *looks kept*: chunks of a lone one "
+    "that agree on pattern and accessory with the one before in their shot."
 )
 
 

@@ -3,8 +3,8 @@
 Who is there is no matter of taste: the narrative world tells the same prompts and says who shows in which chunk. Chunks in
 which somebody is half way in or out ask nothing. A chunk is right if as many are there, and a lone one has the kind and the
 colour that the prompt names; the chunk a cut begins with is counted by itself, for that is where a model that has not
-understood the cut shows the old cast leaving, or both. Of two neighbouring chunks of a shot that show the same lone one,
-pattern and accessory must agree.
+understood the cut shows the old cast leaving, or both. Whoever is alone must keep pattern and accessory from one chunk of a
+shot in which they show to the next.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FRAME_STEP = 3  # of a chunk's frames every third is read
 
 class Followed(NamedTuple):
     """Shares of chunks, None where the script has none. at_cuts: first chunks of another scene that are right; between:
-    all others; kept: neighbours that agree on pattern and accessory."""
+    all others; kept: chunks of a lone one that agree on pattern and accessory with the one before in their shot."""
 
     at_cuts: float | None
     between: float | None
@@ -46,7 +46,7 @@ def measure(video: Tensor, narrative: Narrative, reader: Reader) -> Followed:
 def judge(readings: Sequence[Reading], narrative: Narrative) -> Followed:
     """Compare what chunks show with what the world shows in them."""
     at_cuts, between, kept = [], [], []
-    before: tuple[int, Reading] | None = None  # the lone one of the chunk before, and how it looked
+    before: tuple[int, Reading] | None = None  # who was last alone in this shot, and how it looked
     for chunk, reading in enumerate(readings):
         there = sure(narrative, chunk)
         if narrative.shot(chunk).start_chunk == chunk:

@@ -1,8 +1,9 @@
 """What a transformer is shown in flow matching: clips of chunks from encoded narratives, and who sees whom.
 
 A clip is two distant chunks (the video's first and one that a memory might give back) and a run of consecutive ones,
-some of them about somebody's return. Its clean chunks are encoded once; several noisy copies of the run share them as
-context: [sink | memory | past chunks | itself]. Which of these a noisy chunk may see is drawn per copy. Knows no network.
+some of them about somebody's return, some cut anew from scene to scene. Its clean chunks are encoded once; several noisy
+copies of the run share them as context: [sink | memory | past chunks | itself]. Which of these a noisy chunk may see is
+drawn per copy. Knows no network.
 
 Rows of a batch are chunks (`attention.Rows`); keys are placed by role, so that distances stay small however long a video.
 """
@@ -23,7 +24,7 @@ from slotmemory.training.recipe import Frozen
 
 SINK, MEMORY = 0, 1
 DISTANT = 2
-CUTS = 0.6  # share of a montage's chunks that begin another scene
+CUTS = 0.6  # how often a montage cuts where it can
 
 
 class ClipOptions(Frozen):

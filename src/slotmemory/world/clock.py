@@ -42,8 +42,3 @@ def chunks_in(seconds: float) -> int:
 def chunk_of(frame: int) -> int:
     """Name the chunk that holds a pixel frame."""
     return (frame + LEAD_FRAMES) // FRAMES_PER_CHUNK
-
-
-def beat_of(frame: int, period: int = FRAMES_PER_CHUNK) -> int:
-    """Count frames since the last multiple of `period`, where chunk starts sit on multiples of 12."""
-    return (frame + LEAD_FRAMES) % period
