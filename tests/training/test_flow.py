@@ -161,10 +161,36 @@ def test_a_still_step_shows_single_latent_frames_that_see_nothing_else(objective
     assert still.probe.answer.weight.grad.abs().sum() > 0
 
 
+def test_a_recall_step_shows_latent_frames_beside_a_clean_one_of_the_same_entity(objective):
+    recall = with_options(objective, recalls=1.0, still_rows=10)
+    pool = recall.pool.at(0)
+    batch = recall.clips.recalls(pool, 40, random())
+    assert batch.latents.shape[:2] == (40, 1) and batch.noisy.tolist() == ([False] + [True] * 3) * 10
+    assert batch.table[:, 0].tolist() == [-1 if row % 4 == 0 else row // 4 * 4 for row in range(40)]
+    assert (batch.frames[~batch.noisy] < 0).all() and (batch.frames[batch.noisy] == 0).all()
+    assert (batch.sigma[~batch.noisy] <= recall.options.context_noise).all()
+    assert not batch.hidden[batch.noisy].any() and {bool(h.any()) for h in batch.hidden[~batch.noisy]} == {True, False}
+    for first in range(0, 40, 4):
+        clean = batch.labels[first][~batch.hidden[first]][:, :4]
+        kept = {tuple(who) for who in clean.tolist() if who[0]}
+        for row in range(first + 1, first + 4):
+            shown = {tuple(who) for who in batch.labels[row][:, :4].tolist() if who[0]}
+            assert shown & kept, "whoever is asked for is among those that the clean frame shows"
+    loss, terms = recall.loss(0, 0, random())
+    assert "recall" in terms and "still" not in terms and torch.isfinite(loss)
+
+
 def test_all_ranks_take_the_same_kind_of_step(objective):
-    half = with_options(objective, stills=0.5)
-    kinds = [["still" in half.loss(step, rank, random(rank))[1] for rank in (0, 1)] for step in range(12)]
-    assert all(a == b for a, b in kinds) and {a for a, _ in kinds} == {True, False}
+    third = with_options(objective, stills=0.3, recalls=0.3)
+    names = ("still", "recall", "guided")
+    told = [[third.loss(step, rank, random(rank))[1] for rank in (0, 1)] for step in range(12)]
+    kinds = [[next(name for name in names if name in terms) for terms in pair] for pair in told]
+    assert all(a == b for a, b in kinds) and {a for a, _ in kinds} == set(names)
+
+
+def test_shares_of_steps_beyond_all_of_them_are_refused(objective):
+    with pytest.raises(ValueError, match="lower one"):
+        flow.Options(codec="codec.safetensors", stills=0.6, recalls=0.5)
 
 
 def test_own_predictions_replace_clean_chunks_only_and_only_below_the_limit(objective):

@@ -25,6 +25,8 @@ from slotmemory.training.recipe import Frozen
 SINK, MEMORY = 0, 1
 DISTANT = 2
 CUTS = 0.6  # how often a montage cuts where it can
+RECALLED = 3  # noisy latent frames beside a clean one
+RECALLED_PARTS = 0.5  # share of these clean ones of which only the entity shows
 
 
 class ClipOptions(Frozen):
@@ -73,6 +75,11 @@ class Batch:
 def columns_in_use(table: Tensor) -> Tensor:
     """Drop the columns in which no row sees anything: fewer keys to gather."""
     return table[:, (table >= 0).any(0)]
+
+
+def grown(cells: Tensor) -> Tensor:
+    """The cells given, [F, h, w] bool, and their neighbours."""
+    return F.max_pool2d(cells[:, None].float(), 3, 1, 1)[:, 0] > 0
 
 
 def returns_in(item: Encoded, past: int) -> list[tuple[int, int]]:
@@ -167,9 +174,8 @@ class Clips:
             hidden[:] = True
             hidden[int(frame * frames)] = False
         elif kind < 0.8 and entity >= 0:  # the entity's cells and their neighbours
-            cells = item.cells[entity, chunk * frames : (chunk + 1) * frames].float()
-            grown = F.max_pool2d(cells[:, None], 3, 1, 1)[:, 0] > 0
-            hidden = ~grown.flatten(1)
+            cells = item.cells[entity, chunk * frames : (chunk + 1) * frames]
+            hidden = ~grown(cells).flatten(1)
             if share < 0.5:  # of one latent frame only
                 hidden[torch.arange(frames) != int(frame * frames)] = True
         else:
@@ -240,17 +246,76 @@ class Clips:
         which = torch.randint(len(items), (rows,), generator=random).tolist()
         shares = torch.rand(rows, generator=random).tolist()
         picked = [(items[i], int(share * len(items[i].latents))) for i, share in zip(which, shares)]
-        cells = torch.stack([item.cells[:, f].any(0).flatten() for item, f in picked])
-        drop = torch.rand(rows, generator=random) < self.options.no_text
-        return Batch(
-            torch.stack([item.latents[f : f + 1] for item, f in picked]),
-            torch.zeros(rows, 1, dtype=torch.long),
+        tokens = picked[0][0].labels.shape[1]
+        return self.of_frames(
+            picked,
+            torch.zeros(rows, dtype=torch.long),
             self.draw_sigma(rows, random),
             torch.zeros(rows, 0, dtype=torch.long),
-            torch.zeros_like(cells),
+            torch.zeros(rows, tokens, dtype=torch.bool),
+            torch.ones(rows, dtype=torch.bool),
+            random,
+        )
+
+    def recalls(self, items: list[Encoded], rows: int, random: torch.Generator) -> Batch:
+        """Draw single latent frames that see another one of their narrative, or of it only somebody whom both show:
+        a clean frame and RECALLED noisy ones of the same entity, again and again. As cheap as stills, and each of them
+        is about what a memory is for."""
+        group = 1 + RECALLED
+        count = max(1, rows // group)
+        peopled = [item for item in items if item.cells.any()]
+        picked: list[tuple[Encoded, int]] = []
+        hidden = []
+        for i in torch.randint(len(peopled), (count,), generator=random).tolist():
+            item = peopled[i]
+            draws = torch.rand(2 + RECALLED, generator=random).tolist()
+            cast = [e for e in range(len(item.cells)) if item.cells[e].any()]
+            entity = cast[int(draws.pop() * len(cast))]
+            frames = item.cells[entity].flatten(1).any(1).nonzero()[:, 0].tolist()
+            seen, *asked = [frames[int(draw * len(frames))] for draw in draws]
+            picked += [(item, f) for f in (seen, *asked)]
+            part = float(torch.rand(1, generator=random)) < RECALLED_PARTS
+            around = ~grown(item.cells[entity, seen : seen + 1]).flatten()
+            hidden += [around if part else torch.zeros_like(around)]
+            hidden += [torch.zeros_like(around)] * RECALLED
+        clean = torch.arange(count * group) % group == 0
+        noised = torch.rand(count * group, generator=random) < self.options.noised
+        light = torch.rand(count * group, generator=random) * self.options.context_noise * noised
+        away = -1 - torch.randint(3 * self.options.far, (count * group,), generator=random)
+        sees = torch.arange(count * group) // group * group
+        return self.of_frames(
+            picked,
+            away * clean,
+            torch.where(clean, light, self.draw_sigma(count * group, random)),
+            torch.where(clean, -1, sees)[:, None],
+            torch.stack(hidden),
+            ~clean,
+            random,
+        )
+
+    def of_frames(
+        self,
+        picked: list[tuple[Encoded, int]],
+        frames: Tensor,
+        sigma: Tensor,
+        table: Tensor,
+        hidden: Tensor,
+        noisy: Tensor,
+        random: torch.Generator,
+    ) -> Batch:
+        """A batch whose rows are single latent frames (narrative, number): frames, sigma and noisy [R], the rest as in
+        `Batch`."""
+        cells = torch.stack([item.cells[:, f].any(0).flatten() for item, f in picked])
+        drop = torch.rand(len(picked), generator=random) < self.options.no_text
+        return Batch(
+            torch.stack([item.latents[f : f + 1] for item, f in picked]),
+            frames[:, None],
+            sigma,
+            table,
+            hidden,
             1.0 + (self.options.entity_weight - 1.0) * cells.float(),
             ["" if gone else item.prompts[f // 3] for (item, f), gone in zip(picked, drop.tolist())],
-            torch.ones(rows, dtype=torch.bool),
+            noisy,
             torch.stack([item.labels[f] for item, f in picked]),
             torch.stack([item.places[f] for item, f in picked]),
         )

@@ -3,6 +3,7 @@
 Which of its past a noisy chunk may see is drawn (`training/clips.py`), so that the model learns to start from text alone,
 to go on from a window, and to take a returning entity from a distant chunk or a part of one. A share of the steps shows
 single latent frames and their prompts instead: five times as many pictures for the same arithmetic, and looks come first.
+Another share lets such frames see a clean one of the same entity: as cheap, and all of it is about memory.
 
 The model's own mistakes are part of its past when it streams. In a share of the steps, some clean chunks of the run are
 what the model makes of them in one step from noise, so that it learns to mend what it reads rather than to add to it.
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,12 +51,23 @@ class Options(ClipOptions):
     seconds: Seconds = 24.0
     pool: PoolSize = 64
     refresh: Refresh = 2
-    stills: float = Field(0.0, description="share of the steps that show single latent frames without a past")
-    still_rows: int = Field(64, description="latent frames of such a step, per clip of the batch")
+    stills: float = Field(
+        0.0, ge=0, le=1, description="share of the steps that show single latent frames without a past"
+    )
+    recalls: float = Field(
+        0.0, ge=0, le=1, description="share of the steps whose single latent frames see another one as memory"
+    )
+    still_rows: int = Field(64, ge=1, description="latent frames of such steps, per clip of the batch")
     own: float = Field(0.0, description="share of the clip steps with predictions of the model's own in the past")
     own_below: float = Field(0.93, description="noise level up to which such a prediction stands in for its chunk")
     probe: float = Field(0.0, description="weight of what inner features should tell about the picture (shown.py)")
     probe_layer: int = Field(3, description="block whose input is asked")
+
+    @model_validator(mode="after")
+    def _shares(self) -> Options:
+        if self.stills + self.recalls > 1:
+            raise ValueError(f"stills {self.stills} and recalls {self.recalls} are more than all steps; lower one")
+        return self
 
 
 class Objective(loop.Objective):
@@ -83,7 +95,6 @@ class Objective(loop.Objective):
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
         self.probe = Probe(options.dim)
         self.clips = Clips(options)
-        self.shares = torch.tensor([options.stills, options.own])
         self.held_out: list[Encoded] = []
 
     def modules(self) -> dict[str, nn.Module]:
@@ -145,22 +156,27 @@ class Objective(loop.Objective):
     def loss(self, step: int, rank: int, generator: torch.Generator):
         pool, options = self.pool.at(step), self.options
         # one draw for all ranks: they wait for the slowest, and their logs must have the same columns
-        still, own = (torch.rand(2, generator=loop.generator_for(self.context.seed, step, -1)) < self.shares).tolist()
+        kind, own = torch.rand(2, generator=loop.generator_for(self.context.seed, step, -1)).tolist()
+        still = kind < options.stills
+        recall = not still and kind < options.stills + options.recalls
+        rows = options.still_rows * self.context.batch
         if still:
-            batch = self.clips.stills(pool, options.still_rows * self.context.batch, generator)
+            batch = self.clips.stills(pool, rows, generator)
+        elif recall:
+            batch = self.clips.recalls(pool, rows, generator)
         else:
             chosen = torch.randint(len(pool), (self.context.batch,), generator=generator).tolist()
             batch = self.clips.batch([pool[i] for i in chosen], generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
-        if own and not still:
+        if own < options.own and batch.stand_ins:
             batch = self.with_own_past(batch, noise)
         errors, features = self.errors(batch, noise)
         errors = errors[batch.noisy]
         weight = batch.weight[batch.noisy]
         loss = (errors * weight).sum() / weight.sum()
         told = {"entity": errors.detach()[weight > 1].mean() if (weight > 1).any() else torch.zeros(())}
-        if still:
-            told["still"] = errors.detach().mean()
+        if still or recall:
+            told["still" if still else "recall"] = errors.detach().mean()
         else:
             alone = (batch.table[batch.noisy] < 0).all(1)
             told["alone"] = errors.detach()[alone].mean() if alone.any() else torch.zeros(())
