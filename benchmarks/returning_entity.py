@@ -3,9 +3,10 @@
     python benchmarks/returning_entity.py --model tiny --memories window,sink,slots --out runs/returning
 
 Every memory makes the same held-out scripts from the same noise; the frames of the hero's first appearance and of its
-return are read by the trained reader. Results are kept one line per (memory, script), so a stopped run goes on where it
-was. `rendered` is no memory: the world's own frames through the model's codec, read the same way, which is what the
-measurement itself loses. Writes report.md, report.json and filmstrip.png.
+return are read by the trained reader, and those of somebody else in between, who may share looks by chance only. Results
+are kept one line per (memory, script), so a stopped run goes on where it was. `rendered` is no memory: the world's own
+frames through the model's codec, read the same way, which is what the measurement itself loses. Writes report.md,
+report.json and filmstrip.png.
 """
 
 from __future__ import annotations
@@ -58,22 +59,27 @@ class Undecoded:
 
 @dataclass(frozen=True)
 class Made:
-    """What one memory made of one script: frames uint8 [B, T, 3, H, W] of both appearances, and what it read."""
+    """What one memory made of one script: frames uint8 [B, T, 3, H, W] by what they show (`spans_of`), and what it read."""
 
-    first: Tensor
-    back: Tensor
+    frames: dict[str, Tensor]
     tokens: int
 
 
+def spans_of(script: ReturnScript) -> dict[str, range]:
+    """The chunks that are read: of the hero's first appearance, of its return, and of a stranger if there is one."""
+    spans = {"first": script.first, "back": script.back}
+    return spans if script.stranger is None else {**spans, "stranger": script.stranger[1]}
+
+
 def make(engine: Engine, script: ReturnScript, seeds: Sequence[int]) -> Made:
-    """Stream a script, decoding only the chunks in which the hero is read."""
+    """Stream a script, decoding only the chunks that are read."""
     session = replace(engine, codec=Undecoded(engine.codec)).session(script.prompts, list(seeds))
     chunks, tokens = [], 0
     for _ in range(script.chunks):
         chunk = session.step()
         chunks.append(chunk.latents)
         tokens = max(tokens, sum(chunk.trace["read"].values()))
-    return Made(*(decode(engine.codec, chunks, span) for span in (script.first, script.back)), tokens)
+    return Made({name: decode(engine.codec, chunks, span) for name, span in spans_of(script).items()}, tokens)
 
 
 @torch.no_grad()
@@ -89,15 +95,15 @@ def decode(codec: Any, chunks: Sequence[Tensor], span: range) -> Tensor:
 def render(engine: Engine, script: ReturnScript, seeds: Sequence[int]) -> Made:
     """Draw what the script asks for, and pass it through the codec."""
     shots = [(prompt, start) for start, prompt in script.prompts.items()]
-    spans: dict[str, list[Tensor]] = {"first": [], "back": []}
+    made: dict[str, list[Tensor]] = {name: [] for name in spans_of(script)}
     for seed in seeds:
         narrative = Narrative(shots, script.chunks, seed)
-        for name, span in (("first", script.first), ("back", script.back)):
+        for name, span in spans_of(script).items():
             pixels = torch.from_numpy(narrative.render(chunk_frames(span[0]).start, chunk_frames(span[-1]).stop))
             pixels = pixels[(len(pixels) - 1) % engine.layout.temporal_stride :]
             video = to_float(pixels)[None].to(engine.device, engine.codec.dtype)
-            spans[name].append(to_uint8(engine.codec.decode(engine.codec.encode(video).to(video.dtype)))[0].cpu())
-    return Made(*(torch.stack(spans[name]) for name in ("first", "back")), 0)
+            made[name].append(to_uint8(engine.codec.decode(engine.codec.encode(video).to(video.dtype)))[0].cpu())
+    return Made({name: torch.stack(frames) for name, frames in made.items()}, 0)
 
 
 # results on disk
@@ -112,7 +118,8 @@ class Results(Lines):
     def add(self, line: dict[str, Any], made: Made) -> None:
         picture = self.picture(line["memory"], line["script"])
         picture.parent.mkdir(parents=True, exist_ok=True)
-        pair = torch.cat([frames[0, frames.shape[1] // 2] for frames in (made.first, made.back)], 1)
+        both = (made.frames["first"], made.frames["back"])
+        pair = torch.cat([frames[0, frames.shape[1] // 2] for frames in both], 1)
         Image.fromarray(pair.permute(1, 2, 0).numpy()).save(picture)
         super().add(line)
 
@@ -133,6 +140,21 @@ class Results(Lines):
             for take in line["takes"]
         }
 
+    def lent(self, memory: str, scripts: Sequence[ReturnScript]) -> dict[str, dict[int, list[bool]]]:
+        """Which looks of the hero strangers share, by attribute and script."""
+        cast = {script.number: (script.hero, script.stranger) for script in scripts}
+        found: dict[str, dict[int, list[bool]]] = {name: {} for name in returning.UNSTATED}
+        for line in self.lines:
+            hero, stranger = cast.get(line["script"], (None, None))
+            if line["memory"] != memory or stranger is None:
+                continue
+            for take in line["takes"]:
+                if "stranger" in take:  # folders of earlier versions have none
+                    looks = Reading(**take["first"]), stranger[0], Reading(**take["stranger"])
+                    for name, same in (returning.lent(hero, *looks) or {}).items():
+                        found[name].setdefault(line["script"], []).append(same)
+        return found
+
 
 # the report
 
@@ -148,7 +170,7 @@ def report(results: Results, scripts: Sequence[ReturnScript], memories: Sequence
         "scripts": len(scripts),
         "nominal_chance": {**returning.NOMINAL_CHANCE, "hue_error": nominal},
     }
-    rows, gap_rows, difference_rows = [], [], []
+    rows, gap_rows, difference_rows, lent_rows = [], [], [], []
     reference = next((m for m in memories if m == "sink"), None)
     for memory in memories:
         found = returning.summary(scores[memory])
@@ -170,6 +192,9 @@ def report(results: Results, scripts: Sequence[ReturnScript], memories: Sequence
         chance = [_known(100 * shuffled[name], ".0f") for name in returning.UNSTATED]
         rows.append(["*by chance*", "", "", "", "", "", *chance, "", _known(shuffled["hue_error"], ".1f")])
         gap_rows.append([memory, *(_percent(x) for x in gaps["itself"]), *(_degrees(x) for x in gaps["hue_error"])])
+        lent = {name: returning.rate(by_script) for name, by_script in results.lent(memory, scripts).items()}
+        numbers[memory]["lent"] = {name: asdict(interval) for name, interval in lent.items()}
+        lent_rows.append([memory, str(lent["pattern"].scripts), *(_percent(lent[name]) for name in returning.UNSTATED)])
         if reference and memory not in (reference, RENDERED):
             compared = returning.comparison(scores[memory], scores[reference])
             numbers[memory][f"minus_{reference}"] = {name: asdict(x) for name, x in compared.items()}
@@ -188,6 +213,12 @@ def report(results: Results, scripts: Sequence[ReturnScript], memories: Sequence
         table(["memory", "tokens", "readable", *COLUMNS, "hue error"], rows),
         "## Itself, and hue error, by seconds away",
         table(["memory", *spans, *(f"hue {span}" for span in spans)], gap_rows),
+    ]
+    text += [
+        "## Lent looks",
+        "How often somebody else, alone while the hero is away, has the pattern or the accessory of the hero's first "
+        "appearance. More than by chance (above) means that a memory lends looks to whom they do not belong.",
+        table(["memory", "scripts", *returning.UNSTATED], lent_rows),
     ]
     if difference_rows:
         text += [
@@ -250,11 +281,7 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             made = make(engine.with_memory(memory, arguments.budget), script, seeds)
         takes = [
-            {
-                "seed": seed,
-                "first": reader.read(made.first[row, ::FRAME_STEP]).to_dict(),
-                "back": reader.read(made.back[row, ::FRAME_STEP]).to_dict(),
-            }
+            {"seed": seed, **{k: reader.read(x[row, ::FRAME_STEP]).to_dict() for k, x in made.frames.items()}}
             for row, seed in enumerate(seeds)
         ]
         line = {"memory": memory, "script": script.number, "hero": script.hero, "gap": script.gap_seconds}

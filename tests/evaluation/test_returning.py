@@ -16,6 +16,7 @@ from slotmemory.evaluation.returning import (
     comparison,
     expected_hue_difference,
     is_readable,
+    lent,
     paired,
     rate,
     score,
@@ -122,6 +123,16 @@ def test_a_script_for_people_switches_at_the_same_chunks():
         assert schedule.chunks == script.chunks
 
 
+def test_a_stranger_is_read_alone_and_settled_while_the_hero_is_away():
+    for script in SCRIPTS:
+        who, span = script.stranger
+        told = chunk_prompts(script)
+        assert script.first.stop <= span.start and span.stop <= script.back.start - SETTLING_CHUNKS
+        assert who != script.hero and len(span)
+        for chunk in range(span.start - SETTLING_CHUNKS, span.stop):
+            assert [role.identity for role in parse(told[chunk]).roles] == [who]
+
+
 # scores
 
 
@@ -147,6 +158,12 @@ def test_who_does_not_come_back_has_nothing_right():
 def test_a_hue_is_not_compared_with_that_of_another_colour():
     result = score(HERO, SEEN, replace(SEEN, colour="blue", hue=212.0))
     assert not result.colour and result.hue_error is None and not result.itself and result.pattern
+
+
+def test_a_stranger_with_the_heros_looks_was_lent_them():
+    ghost = replace(SEEN, kind="ghost", colour="blue", accessory="bow")
+    assert lent(HERO, SEEN, ("blue", "ghost"), ghost) == {"pattern": True, "accessory": False}
+    assert lent(HERO, GONE, ("blue", "ghost"), ghost) is None and lent(HERO, SEEN, ("blue", "ghost"), SEEN) is None
 
 
 @pytest.mark.parametrize(

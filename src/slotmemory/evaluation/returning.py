@@ -2,7 +2,8 @@
 
 Every script shows a hero for the first time after the frames that a sink keeps, takes it away for longer than a window
 remembers, and asks for it again in the same two words. Its looks that no word states - exact hue, pattern, accessory -
-are compared with the hero's own first appearance as generated, for nothing else is the truth of that video.
+are compared with the hero's own first appearance as generated, for nothing else is the truth of that video. A memory that
+lends everybody the same looks would pass, so a stranger is read too: somebody else, alone, while the hero is away.
 
 It knows chunks of the world's clock and readings, not models, memories or pixels.
 """
@@ -44,7 +45,8 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class ReturnScript:
-    """One held-out script. shots: (prompt, chunks) in order; first, back: the chunks in which the hero is read."""
+    """One held-out script. shots: (prompt, chunks) in order; first, back: the chunks in which the hero is read; stranger:
+    who is alone while the hero is away, and the chunks in which they are read, None if nobody is."""
 
     number: int
     seed: int
@@ -53,6 +55,7 @@ class ReturnScript:
     first: range
     back: range
     stratum: int  # index into GAPS
+    stranger: tuple[tuple[str, str], range] | None = None
 
     @property
     def chunks(self) -> int:
@@ -103,8 +106,13 @@ def _write(number: int) -> ReturnScript:
     starts = np.cumsum([0, *(length for _, length in specs)])
     first = range(int(starts[1]) + SETTLING_CHUNKS, int(starts[2]))
     back = range(int(starts[-2]) + SETTLING_CHUNKS, int(starts[-1]))
+    strangers = (
+        (spec.roles[0].identity, range(start + SETTLING_CHUNKS, start + length))
+        for (spec, length), start in zip(specs[2:-1], starts[2:].tolist())
+        if len(spec.roles) == 1
+    )
     shots = tuple((compose_plain(spec), length) for spec, length in specs)
-    return ReturnScript(number, seed, hero, shots, first, back, stratum)
+    return ReturnScript(number, seed, hero, shots, first, back, stratum, next(strangers, None))
 
 
 def _hero_shot(rng: np.random.Generator, hero: tuple[str, str], scenes: Sequence[str]) -> ShotSpec:
@@ -185,6 +193,13 @@ def score(hero: tuple[str, str], first: Reading, back: Reading) -> Score:
     error = circular_difference(first.hue, back.hue) if colour else None
     itself = kind and colour and pattern and accessory
     return Score(present, kind, colour, True, pattern, accessory, itself, error)
+
+
+def lent(hero: tuple[str, str], first: Reading, stranger: tuple[str, str], other: Reading) -> dict[str, bool] | None:
+    """Which unstated attributes a stranger shares with the hero's first appearance; None if either cannot be read."""
+    if not (is_readable(hero, first) and is_readable(stranger, other)):
+        return None
+    return {name: getattr(first, name) == getattr(other, name) for name in UNSTATED}
 
 
 # chance

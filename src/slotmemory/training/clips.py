@@ -26,6 +26,7 @@ SINK, MEMORY = 0, 1
 DISTANT = 2
 CUTS = 0.6  # how often a montage cuts where it can
 RECALLED = 3  # noisy latent frames beside a clean one
+STRANGERS = 1  # of these, who have nothing to do with the clean one
 RECALLED_PARTS = 0.5  # share of these clean ones of which only the entity shows
 
 
@@ -258,9 +259,10 @@ class Clips:
         )
 
     def recalls(self, items: list[Encoded], rows: int, random: torch.Generator) -> Batch:
-        """Draw single latent frames that see another one of their narrative, or of it only somebody whom both show:
-        a clean frame and RECALLED noisy ones of the same entity, again and again. As cheap as stills, and each of them
-        is about what a memory is for."""
+        """Draw single latent frames that see another one of their narrative, or of it only one entity: again and again a
+        clean frame and RECALLED noisy ones, most of which show the same entity. As cheap as stills, and each of them is
+        about what a memory is for. STRANGERS of them show others instead, where there are any: who has only ever seen
+        the right memory lends everybody the looks of whoever is in it."""
         group = 1 + RECALLED
         count = max(1, rows // group)
         peopled = [item for item in items if item.cells.any()]
@@ -271,9 +273,12 @@ class Clips:
             draws = torch.rand(2 + RECALLED, generator=random).tolist()
             cast = [e for e in range(len(item.cells)) if item.cells[e].any()]
             entity = cast[int(draws.pop() * len(cast))]
-            frames = item.cells[entity].flatten(1).any(1).nonzero()[:, 0].tolist()
-            seen, *asked = [frames[int(draw * len(frames))] for draw in draws]
-            picked += [(item, f) for f in (seen, *asked)]
+            shown = item.cells.flatten(2).any(2)  # [E, L]
+            frames = shown[entity].nonzero()[:, 0].tolist()
+            others = (shown.any(0) & ~shown[entity]).nonzero()[:, 0].tolist() or frames
+            sources = [frames] * (group - STRANGERS) + [others] * STRANGERS
+            picked += [(item, source[int(draw * len(source))]) for source, draw in zip(sources, draws)]
+            seen = picked[-group][1]
             part = float(torch.rand(1, generator=random)) < RECALLED_PARTS
             around = ~grown(item.cells[entity, seen : seen + 1]).flatten()
             hidden += [around if part else torch.zeros_like(around)]
