@@ -163,20 +163,24 @@ def test_a_still_step_shows_single_latent_frames_that_see_nothing_else(objective
 
 def test_a_recall_step_shows_latent_frames_beside_a_clean_one_of_the_same_entity(objective):
     recall = with_options(objective, recalls=1.0, still_rows=10)
-    pool = recall.pool.at(0)
-    batch = recall.clips.recalls(pool, 40, random())
-    assert batch.latents.shape[:2] == (40, 1) and batch.noisy.tolist() == ([False] + [True] * 3) * 10
-    assert batch.table[:, 0].tolist() == [-1 if row % 4 == 0 else row // 4 * 4 for row in range(40)]
-    assert (batch.frames[~batch.noisy] < 0).all() and (batch.frames[batch.noisy] == 0).all()
-    assert (batch.sigma[~batch.noisy] <= recall.options.context_noise).all()
+    group, own = 1 + clips.RECALLED, clips.RECALLED - clips.STRANGERS
+    batch = recall.clips.recalls(recall.pool.at(0), 10 * group, random())
+    clean = torch.arange(10 * group) % group == 0
+    assert batch.latents.shape[:2] == (10 * group, 1) and torch.equal(batch.noisy, ~clean)
+    assert batch.table[:, 0].tolist() == [-1 if row % group == 0 else row // group * group for row in range(10 * group)]
+    assert (batch.frames[clean] < 0).all() and (batch.frames[~clean] == 0).all()
+    assert (batch.sigma[clean] <= recall.options.context_noise).all()
+    assert not batch.hidden[~clean].any() and {bool(h.any()) for h in batch.hidden[clean]} == {True, False}
     strange = 0
-    assert not batch.hidden[batch.noisy].any() and {bool(h.any()) for h in batch.hidden[~batch.noisy]} == {True, False}
-    for first in range(0, 40, 4):
-        clean = batch.labels[first][~batch.hidden[first]][:, :4]
-        kept = {tuple(who) for who in clean.tolist() if who[0]}
-        asked = [{tuple(who) for who in row[:, :4].tolist() if who[0]} for row in batch.labels[first + 1 : first + 4]]
-        assert asked[0] & kept and asked[1] & kept, "the clean frame shows who is asked for"
-        strange += not asked[2] & kept
+    for first in range(0, 10 * group, group):
+        seen = batch.labels[first][~batch.hidden[first]][:, :4]
+        kept = {tuple(who) for who in seen.tolist() if who[0]}
+        asked = [
+            {tuple(who) for who in labels[:, :4].tolist() if who[0]}
+            for labels in batch.labels[first + 1 : first + group]
+        ]
+        assert all(who & kept for who in asked[:own]), "the clean frame shows who is asked for"
+        strange += sum(not who & kept for who in asked[own:])
     assert strange, "sometimes it shows others only, and must not be copied"
     loss, terms = recall.loss(0, 0, random())
     assert "recall" in terms and "still" not in terms and torch.isfinite(loss)

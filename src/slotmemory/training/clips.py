@@ -25,8 +25,8 @@ from slotmemory.training.recipe import Frozen
 SINK, MEMORY = 0, 1
 DISTANT = 2
 CUTS = 0.6  # how often a montage cuts where it can
-RECALLED = 3  # noisy latent frames beside a clean one
-STRANGERS = 1  # of these, who have nothing to do with the clean one
+RECALLED = 4  # noisy latent frames beside a clean one
+STRANGERS = 2  # of these, who have nothing to do with the clean one
 RECALLED_PARTS = 0.5  # share of these clean ones of which only the entity shows
 
 
