@@ -26,7 +26,7 @@ SINK, MEMORY = 0, 1
 DISTANT = 2
 CUTS = 0.6  # how often a montage cuts where it can
 RECALLED = 4  # noisy latent frames beside a clean one
-STRANGERS = 2  # of these, who have nothing to do with the clean one
+STRANGERS = 2  # of these, without the entity that the clean one shows
 RECALLED_PARTS = 0.5  # share of these clean ones of which only the entity shows
 
 
@@ -260,9 +260,9 @@ class Clips:
 
     def recalls(self, items: list[Encoded], rows: int, random: torch.Generator) -> Batch:
         """Draw single latent frames that see another one of their narrative, or of it only one entity: again and again a
-        clean frame and RECALLED noisy ones, most of which show the same entity. As cheap as stills, and each of them is
-        about what a memory is for. STRANGERS of them show others instead, where there are any: who has only ever seen
-        the right memory lends everybody the looks of whoever is in it."""
+        clean frame and RECALLED noisy ones that show the same entity. As cheap as stills, and each of them is about what
+        a memory is for. STRANGERS of the noisy ones show others instead, where there are any: who has only ever seen the
+        right memory lends everybody the looks of whoever is in it."""
         group = 1 + RECALLED
         count = max(1, rows // group)
         peopled = [item for item in items if item.cells.any()]
