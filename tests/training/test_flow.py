@@ -8,7 +8,7 @@ from PIL import Image
 
 from slotmemory.codecs.preview import PreviewCodec, PreviewConfig
 from slotmemory.errors import InputError
-from slotmemory.training import clips, flow, look, loop, shown
+from slotmemory.training import clips, flow, look, loop, shown, single_frames
 from slotmemory.world.vocabulary import canonical
 
 
@@ -120,7 +120,7 @@ def test_hiding_leaves_the_entity_in_sight_or_a_part_of_the_chunk(objective):
 def test_clean_chunks_carry_little_noise_and_noisy_ones_the_samplers_levels(objective):
     batch = objective.clips.batch(objective.pool.at(0), random())
     assert (batch.sigma[~batch.noisy] <= objective.options.context_noise).all()
-    levels = objective.clips.schedule.warp(objective.clips.levels)
+    levels = objective.clips.levels.schedule.warp(objective.clips.levels.steps)
     at_level = (batch.sigma[batch.noisy][:, None] - levels).abs().amin(1) < 1e-6
     assert at_level.float().mean() > 0.4
 
@@ -152,7 +152,7 @@ def with_options(objective, **changes):
 
 def test_a_still_step_shows_single_latent_frames_that_see_nothing_else(objective):
     still = with_options(objective, stills=1.0, still_rows=6, probe=0.5)
-    batch = still.clips.stills(still.pool.at(0), 12, random())
+    batch = still.single.stills(still.pool.at(0), 12, random())
     assert batch.latents.shape[:2] == (12, 1) and batch.table.shape == (12, 0) and batch.noisy.all()
     loss, terms = still.loss(0, 0, random())
     assert set(terms) == {"still", "entity", "probe"} and torch.isfinite(loss)
@@ -161,29 +161,116 @@ def test_a_still_step_shows_single_latent_frames_that_see_nothing_else(objective
     assert still.probe.answer.weight.grad.abs().sum() > 0
 
 
-def test_a_recall_step_shows_latent_frames_beside_a_clean_one_of_the_same_entity(objective):
-    recall = with_options(objective, recalls=1.0, still_rows=10)
-    group, own = 1 + clips.RECALLED, clips.RECALLED - clips.STRANGERS
-    batch = recall.clips.recalls(recall.pool.at(0), 10 * group, random())
-    clean = torch.arange(10 * group) % group == 0
-    assert batch.latents.shape[:2] == (10 * group, 1) and torch.equal(batch.noisy, ~clean)
-    assert batch.table[:, 0].tolist() == [-1 if row % group == 0 else row // group * group for row in range(10 * group)]
+@pytest.fixture(scope="module")
+def strangers(objective):
+    """Eight narratives, so that strangers can be found."""
+    return [objective.make(seed) for seed in range(8)]
+
+
+def names_in(batch, row):
+    """Who shows in a row, as far as others see it: {(kind, colour)}."""
+    seen = batch.labels[row][~batch.hidden[row]][:, :2]
+    return {tuple(who) for who in seen.tolist() if who[0]}
+
+
+def seen_by(batch, row):
+    return {s for s in batch.table[row].tolist() if s >= 0}
+
+
+def names_seen_by(batch, row):
+    return set().union(*(names_in(batch, s) for s in seen_by(batch, row)))
+
+
+def test_recalls_show_a_frame_beside_its_own_with_strangers_and_without(objective, strangers):
+    group = single_frames.GROUP
+    batch = objective.single.recalls(strangers, 40 * group, random())
+    clean = torch.arange(40 * group) % group < single_frames.CLEAN
+    assert batch.latents.shape[:2] == (40 * group, 1) and torch.equal(batch.noisy, ~clean)
     assert (batch.frames[clean] < 0).all() and (batch.frames[~clean] == 0).all()
-    assert (batch.sigma[clean] <= recall.options.context_noise).all()
-    assert not batch.hidden[~clean].any() and {bool(h.any()) for h in batch.hidden[clean]} == {True, False}
-    strange = 0
-    for first in range(0, 10 * group, group):
-        seen = batch.labels[first][~batch.hidden[first]][:, :4]
-        kept = {tuple(who) for who in seen.tolist() if who[0]}
-        asked = [
-            {tuple(who) for who in labels[:, :4].tolist() if who[0]}
-            for labels in batch.labels[first + 1 : first + group]
-        ]
-        assert all(who & kept for who in asked[:own]), "the clean frame shows who is asked for"
-        strange += sum(not who & kept for who in asked[own:])
-    assert strange, "sometimes it shows others only, and must not be copied"
-    loss, terms = recall.loss(0, 0, random())
-    assert "recall" in terms and "still" not in terms and torch.isfinite(loss)
+    assert (batch.sigma[clean] <= objective.options.context_noise).all()
+    assert (batch.table[clean] < 0).all() and not batch.hidden[~clean].any()
+    assert {bool(h.any()) for h in batch.hidden[clean]} == {True, False}, "of some, only the entity shows"
+    assert len(batch.twins) == 40 * len(single_frames.SEEN)
+    recalled = new = 0
+    for beside, without in batch.twins:
+        asked = names_in(batch, beside)
+        added = seen_by(batch, beside) - seen_by(batch, without)
+        assert seen_by(batch, without) <= seen_by(batch, beside)
+        assert asked and not any(names_in(batch, s) & asked for s in added), "strangers show nobody who is asked for"
+        if seen_by(batch, without):
+            recalled += bool(asked & names_seen_by(batch, without))
+        else:
+            new += bool(added)
+    assert recalled == 40 and new > 60
+
+
+def test_splices_go_over_to_strangers_and_their_twins_see_none_of_the_old_cast(objective, strangers):
+    objective = with_options(objective, splices=1.0, no_sink=0.3)
+    old_cast_seen = alone = 0
+    for seed in range(40):
+        item = strangers[seed % len(strangers)]
+        clip = objective.clips.clip(item, strangers, random(seed))
+        if clip.joint is not None:
+            before, after = clip.run[: clip.joint], clip.run[clip.joint :]
+            assert all(narrative is item for narrative, _ in before) and len({id(n) for n, _ in after}) == 1
+            assert not after[0][0].names & item.names
+            assert after[0][0].scenes[after[0][1]] not in {item.scenes[k] for _, k in before}
+        batch = objective.clips.batch([item], random(seed), strangers)
+        for beside, without in batch.twins:
+            for row, kept in ((beside, True), (without, False)):
+                met = names_seen_by(batch, row)
+                told = {
+                    (shown.QUESTIONS["kind"].index(k) + 1, shown.QUESTIONS["colour"].index(c) + 1)
+                    for c, k in item.names
+                }
+                assert kept or not met & told
+                old_cast_seen += kept and bool(met & told)
+            alone += not seen_by(batch, without)
+    assert old_cast_seen > 20 and alone > 5
+
+
+def test_twins_are_the_same_picture_from_the_same_noise_level(objective, strangers):
+    spliced = with_options(objective, splices=1.0).clips
+    batches = [objective.single.recalls(strangers, 90, random())]
+    batches += [spliced.batch([strangers[seed]], random(seed), strangers) for seed in range(8)]
+    assert sum(bool(batch.twins) for batch in batches) > 4
+    for batch in batches:
+        for beside, without in batch.twins:
+            assert torch.equal(batch.latents[beside], batch.latents[without])
+            assert batch.sigma[beside] == batch.sigma[without] and batch.noisy[[beside, without]].all()
+
+
+def test_without_strangers_to_be_had_recalls_ask_nothing_of_them(objective, strangers):
+    batch = objective.single.recalls(strangers[:1], 20 * single_frames.GROUP, random())
+    for beside, without in batch.twins:
+        added = seen_by(batch, beside) - seen_by(batch, without)
+        assert not any(names_in(batch, s) & names_in(batch, beside) for s in added)
+
+
+def test_indifference_moves_predictions_beside_strangers_towards_those_without_them(objective, strangers):
+    wary = with_options(objective, recalls=1.0, indifference=2.0)
+    batch = wary.single.recalls(strangers, 90, random())
+    flow_ = torch.zeros_like(batch.latents)
+    beside, without = (list(rows) for rows in zip(*batch.twins))
+    assert not wary.lent(flow_, batch).detach()
+    changed = flow_.detach().clone()
+    changed[beside] += 1.0
+    changed.requires_grad_()
+    lent = wary.lent(changed, batch)
+    torch.testing.assert_close(lent, torch.tensor(1.0))
+    lent.backward()
+    assert not changed.grad[without].any() and (changed.grad[beside] >= 0).all() and changed.grad[beside].any()
+    told = wary.loss(0, 0, random())[1]
+    assert set(told) == {"recall", "entity", "lent"}
+    assert "lent" not in with_options(objective, recalls=1.0).loss(0, 0, random())[1]
+
+
+def test_validation_says_what_right_and_wrong_memories_change(objective):
+    with torch.no_grad():
+        objective.transformer.head.head.weight.add_(0.01 * torch.randn(objective.transformer.head.head.weight.shape))
+    found = objective.validate(0)
+    assert {"return_right", "return_none", "return_wrong", "return_past", "recalled", "lent", "lent_past"} == set(found)
+    assert found["recalled"] > 0 and found["lent"] > 0
 
 
 def test_all_ranks_take_the_same_kind_of_step(objective):

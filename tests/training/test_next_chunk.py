@@ -47,7 +47,7 @@ def story(objective, seed):
     shown = torch.tensor([[entity in seen for seen in SEEN] for entity in range(2)]).repeat_interleave(3, 1)
     prompts = [("A red cat walks in the meadow.", "A blue ball waits on the beach.")[k // 4 % 2] for k in range(11)]
     seen = [frozenset(each) for each in SEEN]
-    return Encoded(latents, cells & shown[..., None, None], None, None, prompts, seen, [0, 4, 8], [], [])
+    return Encoded(latents, cells & shown[..., None, None], None, None, prompts, seen, [0, 4, 8], [], [], frozenset())
 
 
 def build(micro, batch=1, **changes):

@@ -1,9 +1,9 @@
 """What a transformer is shown in flow matching: clips of chunks from encoded narratives, and who sees whom.
 
 A clip is two distant chunks (the video's first and one that a memory might give back) and a run of consecutive ones,
-some of them about somebody's return, some cut anew from scene to scene. Its clean chunks are encoded once; several noisy
-copies of the run share them as context: [sink | memory | past chunks | itself]. Which of these a noisy chunk may see is
-drawn per copy. Knows no network.
+some of them about somebody's return, some cut anew from scene to scene, some spliced: they go over into another narrative.
+Its clean chunks are encoded once; several noisy copies of the run share them as context: [sink | memory | past chunks |
+itself]. Which of these a noisy chunk may see is drawn per copy. Knows no network.
 
 Rows of a batch are chunks (`attention.Rows`); keys are placed by role, so that distances stay small however long a video.
 """
@@ -25,9 +25,7 @@ from slotmemory.training.recipe import Frozen
 SINK, MEMORY = 0, 1
 DISTANT = 2
 CUTS = 0.6  # how often a montage cuts where it can
-RECALLED = 4  # noisy latent frames beside a clean one
-STRANGERS = 2  # of these, without the entity that the clean one shows
-RECALLED_PARTS = 0.5  # share of these clean ones of which only the entity shows
+THEIR_MEMORY = 0.5  # share of splices whose distant chunk is of the narrative that they go over into
 
 
 class ClipOptions(Frozen):
@@ -49,6 +47,7 @@ class ClipOptions(Frozen):
     no_past: float = 0.1
     alone: float = Field(0.6, description="share of the run's first chunks that see nothing at all")
     returns: float = Field(0.0, description="share of clips about a return: the distant chunk shows who comes back")
+    splices: float = Field(0.0, description="share of the other clips that go over into a narrative of strangers")
     montage: float = Field(0.0, description="share of the other clips that are cut anew, from scene to scene")
     shift: float = Field(5.0, description="warp of the noise levels that are drawn evenly")
 
@@ -58,7 +57,8 @@ class Batch:
     """Rows of chunks: latents [R, F, C, h, w], frames [R, F], sigma [R], table [R, K], hidden [R, N], weight [R, N].
 
     labels [R, N, 5] and places [R, N, 2] say what each token shows; stand_ins: pairs (clean row, noisy row of the same
-    chunk), in which the model's prediction of the latter may replace the former."""
+    chunk), in which the model's prediction of the latter may replace the former; twins: pairs (noisy row that sees strangers
+    too, the same row without them), whose noise is to be the same."""
 
     latents: Tensor
     frames: Tensor
@@ -71,6 +71,19 @@ class Batch:
     labels: Tensor | None = None
     places: Tensor | None = None
     stand_ins: tuple[tuple[int, int], ...] = ()
+    twins: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip shows: its run of (narrative, chunk), the distant chunk and the entity that is looked for in it or -1, the
+    chunk of the run with which another narrative begins, if one does, and whether it is about a return."""
+
+    run: list[tuple[Encoded, int]]
+    far: tuple[Encoded, int]
+    entity: int
+    joint: int | None = None
+    returns: bool = False
 
 
 def columns_in_use(table: Tensor) -> Tensor:
@@ -94,13 +107,37 @@ def returns_in(item: Encoded, past: int) -> list[tuple[int, int]]:
     return found
 
 
-class Clips:
-    """Draws batches from encoded narratives."""
+class Levels:
+    """Draws noise levels."""
 
     def __init__(self, options: ClipOptions):
         self.options = options
         self.schedule, self.even = FlowSchedule(), FlowSchedule(options.shift)
-        self.levels = torch.tensor([s / 1000 for s in options.steps])
+        self.steps = torch.tensor([s / 1000 for s in options.steps])
+
+    def draw(self, count: int, random: torch.Generator) -> Tensor:
+        """Draw levels to predict from: those of the few-step sampler, or any."""
+        s = torch.rand(count, generator=random)
+        level = self.steps[torch.randint(len(self.steps), (count,), generator=random)]
+        at_level = torch.rand(count, generator=random) < self.options.at_levels
+        return torch.where(at_level, self.schedule.warp(level), self.even.warp(s.clamp(min=0.004)))
+
+    def light(self, count: int, random: torch.Generator) -> Tensor:
+        """Draw levels of what is seen: none or little."""
+        noised = torch.rand(count, generator=random) < self.options.noised
+        return torch.rand(count, generator=random) * self.options.context_noise * noised
+
+    def without_text(self, prompts: list[str], random: torch.Generator) -> list[str]:
+        """Empty a share of the prompts."""
+        drop = torch.rand(len(prompts), generator=random) < self.options.no_text
+        return ["" if gone else prompt for prompt, gone in zip(prompts, drop.tolist())]
+
+
+class Clips:
+    """Draws batches from encoded narratives."""
+
+    def __init__(self, options: ClipOptions):
+        self.options, self.levels = options, Levels(options)
 
     def clip_start(self, item: Encoded, random: torch.Generator) -> int:
         """Draw where a run begins: often a little before a new shot, so that its first chunk sees the shot before."""
@@ -183,168 +220,125 @@ class Clips:
             hidden = torch.rand(hidden.shape, generator=random) < 0.3 + 0.5 * share
         return hidden.flatten()
 
-    def draw_sigma(self, count: int, random: torch.Generator) -> Tensor:
-        s = torch.rand(count, generator=random)
-        level = self.levels[torch.randint(len(self.levels), (count,), generator=random)]
-        at_level = torch.rand(count, generator=random) < self.options.at_levels
-        return torch.where(at_level, self.schedule.warp(level), self.even.warp(s.clamp(min=0.004)))
+    def clip(self, item: Encoded, others: Sequence[Encoded], random: torch.Generator) -> Clip:
+        """Draw a clip of a narrative; others: narratives that it may go over into."""
+        o = self.options
+        returns, splice = torch.rand(2, generator=random).tolist()
+        if returns < o.returns and (found := self.clip_of_return(item, random)):
+            first, far, entity = found
+            return Clip([(item, k) for k in range(first, first + o.run)], (item, far), entity, returns=True)
+        run = self.run_of(item, random)
+        if splice < o.splices and (spliced := self.splice(item, run, others, random)):
+            return spliced
+        far, entity = self.memory_chunk(item, run, random)
+        return Clip([(item, k) for k in run], (item, far), entity)
 
-    def batch(self, items: list[Encoded], random: torch.Generator) -> Batch:
-        """Draw one clip from each narrative given."""
+    def splice(
+        self, item: Encoded, run: Sequence[int], others: Sequence[Encoded], random: torch.Generator
+    ) -> Clip | None:
+        """Let a run go over into the narrative of strangers: nobody of its cast was there before, and its first scene was
+        not seen before either, for scenery differs between narratives. What memory holds is theirs or the old cast's."""
+        o = self.options
+        where, which, theirs = torch.rand(3, generator=random).tolist()
+        joint = 1 + int(where * (o.run - 1))
+        before, rest = list(run[:joint]), o.run - joint
+        far, entity = self.memory_chunk(item, before, random)
+        scenes = {item.scenes[k] for k in (0, far, *before)}
+        places = [
+            (other, k)
+            for other in others
+            if not other.names & item.names
+            for k in other.cuts
+            if other.scenes[k] not in scenes and (k - before[-1]) % 2 and k + rest <= other.chunks  # parity: `recut`
+        ]
+        if not places:
+            return None
+        other, first = places[int(which * len(places))]
+        after = list(range(first, first + rest))
+        spliced = [(item, k) for k in before] + [(other, k) for k in after]
+        if theirs < THEIR_MEMORY:
+            chunk, entity = self.memory_chunk(other, after, random)
+            return Clip(spliced, (other, chunk), entity, joint)
+        return Clip(spliced, (item, far), entity, joint)
+
+    def batch(self, items: Sequence[Encoded], random: torch.Generator, others: Sequence[Encoded] = ()) -> Batch:
+        """Draw one clip from each narrative given; others: narratives that clips may go over into."""
         o, size = self.options, 3
         clean = o.run - 1
         per_clip = DISTANT + clean + o.copies * o.run
         tokens = items[0].labels.shape[1]
         use_sink, use_far_past = (torch.rand(2, generator=random) > torch.tensor([o.no_sink, o.short])).tolist()
         latents, frames, sigma, table, hidden, weight, prompts = [], [], [], [], [], [], []
-        labels, places, stand_ins = [], [], []
+        labels, places, stand_ins, twins = [], [], [], []
         for number, item in enumerate(items):
             base = number * per_clip
-            returns = float(torch.rand(1, generator=random)) < o.returns and self.clip_of_return(item, random)
-            if returns:
-                start, far, entity = returns
-                run = list(range(start, start + o.run))
-            else:
-                run = self.run_of(item, random)
-                far, entity = self.memory_chunk(item, run, random)
-            chosen = [0, far, *run[:clean], *run * o.copies]
+            clip = self.clip(item, others, random)
+            chosen = [(item, 0), clip.far, *clip.run[:clean], *clip.run * o.copies]
             away = -size * (1 + torch.randint(o.far, (2,), generator=random))
             firsts = [*away.tolist(), *(size * j for j in range(clean)), *[size * j for j in range(o.run)] * o.copies]
-            for chunk, first in zip(chosen, firsts):
-                latents.append(item.latents[chunk * size : (chunk + 1) * size])
-                shown = item.cells[:, chunk * size : (chunk + 1) * size].any(0)
-                weight.append(1.0 + (o.entity_weight - 1.0) * shown.flatten().float())
+            for (shown, chunk), first in zip(chosen, firsts):
+                span = slice(chunk * size, (chunk + 1) * size)
+                latents.append(shown.latents[span])
+                weight.append(1.0 + (o.entity_weight - 1.0) * shown.cells[:, span].any(0).flatten().float())
                 frames.append(torch.arange(first, first + size))
-                labels.append(item.labels[chunk * size : (chunk + 1) * size].flatten(0, 1))
-                places.append(item.places[chunk * size : (chunk + 1) * size].flatten(0, 1))
-                prompts.append(item.prompts[chunk])
+                labels.append(shown.labels[span].flatten(0, 1))
+                places.append(shown.places[span].flatten(0, 1))
+                prompts.append(shown.prompts[chunk])
                 hidden.append(torch.zeros(size * tokens, dtype=torch.bool))
-            hidden[base + MEMORY] = self.hide(item, far, entity, random)
-            noised = torch.rand(DISTANT + clean, generator=random) < o.noised
-            sigma.append(torch.rand(DISTANT + clean, generator=random) * o.context_noise * noised)
-            sigma.append(self.draw_sigma(o.copies * o.run, random))
-            table += self.rows(base, use_sink and run[0] > 0, o.past if use_far_past else 1, random, bool(returns))
+            hidden[base + MEMORY] = self.hide(*clip.far, clip.entity, random)
+            drawn = self.levels.draw(o.copies * o.run, random)
+            if clip.joint is not None:
+                levels = drawn.view(o.copies, o.run)
+                levels[1:, clip.joint :] = levels[0, clip.joint :]
+                first_noisy = base + DISTANT + clean
+                twins += [
+                    (first_noisy + j, first_noisy + copy * o.run + j)
+                    for copy in range(1, o.copies)
+                    for j in range(clip.joint, o.run)
+                ]
+            sigma += [self.levels.light(DISTANT + clean, random), drawn]
+            past = o.past if use_far_past else 1
+            table += self.rows(base, use_sink and clip.run[0][1] > 0, past, random, clip)
             stand_ins += [(base + DISTANT + j, base + DISTANT + clean + j) for j in range(clean)]
-        sigma_all = torch.cat(sigma)
-        noisy = torch.arange(per_clip) >= DISTANT + clean
-        drop = torch.rand(len(prompts), generator=random) < o.no_text
         return Batch(
             torch.stack(latents),
             torch.stack(frames),
-            sigma_all,
+            torch.cat(sigma),
             columns_in_use(torch.tensor(table)),
             torch.stack(hidden),
             torch.stack(weight),
-            ["" if gone else prompt for prompt, gone in zip(prompts, drop.tolist())],
-            noisy.repeat(len(items)),
+            self.levels.without_text(prompts, random),
+            (torch.arange(per_clip) >= DISTANT + clean).repeat(len(items)),
             torch.stack(labels),
             torch.stack(places),
             tuple(stand_ins),
+            tuple(twins),
         )
 
-    def stills(self, items: list[Encoded], rows: int, random: torch.Generator) -> Batch:
-        """Draw so many single latent frames from all narratives given; each sees itself and its prompt."""
-        which = torch.randint(len(items), (rows,), generator=random).tolist()
-        shares = torch.rand(rows, generator=random).tolist()
-        picked = [(items[i], int(share * len(items[i].latents))) for i, share in zip(which, shares)]
-        tokens = picked[0][0].labels.shape[1]
-        return self.of_frames(
-            picked,
-            torch.zeros(rows, dtype=torch.long),
-            self.draw_sigma(rows, random),
-            torch.zeros(rows, 0, dtype=torch.long),
-            torch.zeros(rows, tokens, dtype=torch.bool),
-            torch.ones(rows, dtype=torch.bool),
-            random,
-        )
-
-    def recalls(self, items: list[Encoded], rows: int, random: torch.Generator) -> Batch:
-        """Draw single latent frames that see another one of their narrative, or of it only one entity: again and again a
-        clean frame and RECALLED noisy ones that show the same entity. As cheap as stills, and each of them is about what
-        a memory is for. STRANGERS of the noisy ones show others instead, where there are any: who has only ever seen the
-        right memory lends everybody the looks of whoever is in it."""
-        group = 1 + RECALLED
-        count = max(1, rows // group)
-        peopled = [item for item in items if item.cells.any()]
-        picked: list[tuple[Encoded, int]] = []
-        hidden = []
-        for i in torch.randint(len(peopled), (count,), generator=random).tolist():
-            item = peopled[i]
-            draws = torch.rand(2 + RECALLED, generator=random).tolist()
-            cast = [e for e in range(len(item.cells)) if item.cells[e].any()]
-            entity = cast[int(draws.pop() * len(cast))]
-            shown = item.cells.flatten(2).any(2)  # [E, L]
-            frames = shown[entity].nonzero()[:, 0].tolist()
-            others = (shown.any(0) & ~shown[entity]).nonzero()[:, 0].tolist() or frames
-            sources = [frames] * (group - STRANGERS) + [others] * STRANGERS
-            picked += [(item, source[int(draw * len(source))]) for source, draw in zip(sources, draws)]
-            seen = picked[-group][1]
-            part = float(torch.rand(1, generator=random)) < RECALLED_PARTS
-            around = ~grown(item.cells[entity, seen : seen + 1]).flatten()
-            hidden += [around if part else torch.zeros_like(around)]
-            hidden += [torch.zeros_like(around)] * RECALLED
-        clean = torch.arange(count * group) % group == 0
-        noised = torch.rand(count * group, generator=random) < self.options.noised
-        light = torch.rand(count * group, generator=random) * self.options.context_noise * noised
-        away = -1 - torch.randint(3 * self.options.far, (count * group,), generator=random)
-        sees = torch.arange(count * group) // group * group
-        return self.of_frames(
-            picked,
-            away * clean,
-            torch.where(clean, light, self.draw_sigma(count * group, random)),
-            torch.where(clean, -1, sees)[:, None],
-            torch.stack(hidden),
-            ~clean,
-            random,
-        )
-
-    def of_frames(
-        self,
-        picked: list[tuple[Encoded, int]],
-        frames: Tensor,
-        sigma: Tensor,
-        table: Tensor,
-        hidden: Tensor,
-        noisy: Tensor,
-        random: torch.Generator,
-    ) -> Batch:
-        """A batch whose rows are single latent frames (narrative, number): frames, sigma and noisy [R], the rest as in
-        `Batch`."""
-        cells = torch.stack([item.cells[:, f].any(0).flatten() for item, f in picked])
-        drop = torch.rand(len(picked), generator=random) < self.options.no_text
-        return Batch(
-            torch.stack([item.latents[f : f + 1] for item, f in picked]),
-            frames[:, None],
-            sigma,
-            table,
-            hidden,
-            1.0 + (self.options.entity_weight - 1.0) * cells.float(),
-            ["" if gone else item.prompts[f // 3] for (item, f), gone in zip(picked, drop.tolist())],
-            noisy,
-            torch.stack([item.labels[f] for item, f in picked]),
-            torch.stack([item.places[f] for item, f in picked]),
-        )
-
-    def rows(
-        self, base: int, has_sink: bool, past: int, random: torch.Generator, returns: bool = False
-    ) -> list[list[int]]:
-        """Say which rows each row of a clip sees: [sink, memory, past chunks], -1 where it does not; returns: the memory
-        is always there."""
+    def rows(self, base: int, has_sink: bool, past: int, random: torch.Generator, clip: Clip) -> list[list[int]]:
+        """Say which rows each row of a clip sees: [sink, memory, past chunks], -1 where it does not. In clips about a return
+        the memory is always there. After a splice the first copy sees everything, its twins what is of their own narrative."""
         o, first = self.options, base + DISTANT
         none = [-1] * (DISTANT + o.past)
         table = [none, none]
+        joint = o.run if clip.joint is None else clip.joint
+        told_by_own = joint < o.run and clip.far[0] is clip.run[-1][0]
 
-        def row(j: int, memory: bool, near: bool) -> list[int]:
-            before = [first + j - k if near and k <= min(j, past) else -1 for k in range(o.past, 0, -1)]
-            return [base + SINK if has_sink else -1, base + MEMORY if memory else -1, *before]
+        def row(j: int, sink: bool, memory: bool, near: bool, since: int = 0) -> list[int]:
+            before = [first + j - k if near and since <= j - k and k <= past else -1 for k in range(o.past, 0, -1)]
+            return [base + SINK if sink else -1, base + MEMORY if memory else -1, *before]
 
-        keep_memory = float(torch.rand(1, generator=random)) > o.no_memory or returns
-        table += [row(j, keep_memory, True) for j in range(o.run - 1)]
-        for _ in range(o.copies):
+        keep_memory = float(torch.rand(1, generator=random)) > o.no_memory or clip.returns
+        table += [row(j, has_sink, keep_memory, True) for j in range(o.run - 1)]
+        for copy in range(o.copies):
             for j in range(o.run):
                 memory, near, alone = torch.rand(3, generator=random).tolist()
-                if j == 0 and alone < o.alone and not returns:
+                if j >= joint:
+                    table.append(
+                        row(j, copy == 0 and has_sink, copy == 0 or told_by_own, True, 0 if copy == 0 else joint)
+                    )
+                elif j == 0 and alone < o.alone and not clip.returns:
                     table.append(none)
                 else:
-                    table.append(row(j, memory > o.no_memory or returns, near > o.no_past))
+                    table.append(row(j, has_sink, memory > o.no_memory or clip.returns, near > o.no_past))
         return table

@@ -3,10 +3,15 @@
 Which of its past a noisy chunk may see is drawn (`training/clips.py`), so that the model learns to start from text alone,
 to go on from a window, and to take a returning entity from a distant chunk or a part of one. A share of the steps shows
 single latent frames and their prompts instead: five times as many pictures for the same arithmetic, and looks come first.
-Another share lets such frames see a clean one of the same entity: as cheap, and all of it is about memory.
+Another share lets such frames see clean ones of the same entity and of strangers (`training/single_frames.py`): as cheap,
+and all of it is about memory.
 
 The model's own mistakes are part of its past when it streams. In a share of the steps, some clean chunks of the run are
 what the model makes of them in one step from noise, so that it learns to mend what it reads rather than to add to it.
+
+A memory that is only ever right lends its looks to whoever comes in. What strangers are worth to a picture is known:
+nothing. So chunks and frames that see strangers have twins that do not, and `indifference` asks for the same prediction.
+It needs no truth, whose spread would drown so small a difference.
 """
 
 from __future__ import annotations
@@ -25,10 +30,11 @@ from slotmemory.codecs.preview import PreviewCodec
 from slotmemory.codecs.words import WordEncoder
 from slotmemory.sampler import add_noise, flow_to_x0
 from slotmemory.training import loop
-from slotmemory.training.clips import Batch, ClipOptions, Clips
+from slotmemory.training.clips import Batch, ClipOptions, Clips, returns_in
 from slotmemory.training.narratives import HELD_OUT, Encoded, Pool, PoolSize, Refresh, Seconds, encode
 from slotmemory.training.pack import EMBEDDED, settings_of
 from slotmemory.training.shown import Probe, probe_loss
+from slotmemory.training.single_frames import SingleFrames, stranger
 from slotmemory.world.narrative import Narrative
 
 
@@ -55,7 +61,10 @@ class Options(ClipOptions):
         0.0, ge=0, le=1, description="share of the steps that show single latent frames without a past"
     )
     recalls: float = Field(
-        0.0, ge=0, le=1, description="share of the steps whose single latent frames see another one as memory"
+        0.0, ge=0, le=1, description="share of the steps whose single latent frames see others as memory"
+    )
+    indifference: float = Field(
+        0.0, ge=0, description="weight of what strangers in sight change of the prediction, where entities are"
     )
     still_rows: int = Field(64, ge=1, description="latent frames of such steps, per clip of the batch")
     own: float = Field(0.0, description="share of the clip steps with predictions of the model's own in the past")
@@ -94,7 +103,7 @@ class Objective(loop.Objective):
         self.words = WordEncoder(options.text_dim, options.text_len)
         self.pool = Pool(self.make, options.pool, options.refresh, context.seed, context.rank)
         self.probe = Probe(options.dim)
-        self.clips = Clips(options)
+        self.clips, self.single = Clips(options), SingleFrames(options)
         self.held_out: list[Encoded] = []
 
     def modules(self) -> dict[str, nn.Module]:
@@ -135,11 +144,17 @@ class Objective(loop.Objective):
         flow, seen = loop.cast_call(self.transformer, dtype, noisy, steps, text, batch.frames, pattern)
         return flow, seen[min(self.options.probe_layer, len(seen) - 1)].hidden
 
-    def errors(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared flow error per token of every row [R, N], and the probed layer's input."""
-        flow, hidden = self.predict(batch, noise)
-        squared = (flow.float() - (noise - batch.latents)).square().mean(2)
-        return F.avg_pool2d(squared, self.options.patch).flatten(1), hidden
+    def per_token(self, difference: Tensor) -> Tensor:
+        """Mean squares of [R, F, C, h, w] by token: [R, N]."""
+        return F.avg_pool2d(difference.float().square().mean(2), self.options.patch).flatten(1)
+
+    def lent(self, flow: Tensor, batch: Batch) -> Tensor:
+        """What strangers in sight change of the predicted flow where entities are: mean square, gradients through the rows
+        that see them only."""
+        beside, without = (list(rows) for rows in zip(*batch.twins))
+        changed = self.per_token(flow[beside] - flow[without].detach())
+        shown = batch.weight[beside] > 1
+        return changed[shown].mean() if shown.any() else changed.sum() * 0.0
 
     @torch.no_grad()
     def with_own_past(self, batch: Batch, noise: Tensor) -> Batch:
@@ -161,17 +176,19 @@ class Objective(loop.Objective):
         recall = not still and kind < options.stills + options.recalls
         rows = options.still_rows * self.context.batch
         if still:
-            batch = self.clips.stills(pool, rows, generator)
+            batch = self.single.stills(pool, rows, generator)
         elif recall:
-            batch = self.clips.recalls(pool, rows, generator)
+            batch = self.single.recalls(pool, rows, generator)
         else:
             chosen = torch.randint(len(pool), (self.context.batch,), generator=generator).tolist()
-            batch = self.clips.batch([pool[i] for i in chosen], generator)
+            batch = self.clips.batch([pool[i] for i in chosen], generator, pool)
         noise = torch.randn(batch.latents.shape, generator=generator)
+        for beside, without in batch.twins:
+            noise[without] = noise[beside]
         if own < options.own and batch.stand_ins:
             batch = self.with_own_past(batch, noise)
-        errors, features = self.errors(batch, noise)
-        errors = errors[batch.noisy]
+        flow, features = self.predict(batch, noise)
+        errors = self.per_token(flow - (noise - batch.latents))[batch.noisy]
         weight = batch.weight[batch.noisy]
         loss = (errors * weight).sum() / weight.sum()
         told = {"entity": errors.detach()[weight > 1].mean() if (weight > 1).any() else torch.zeros(())}
@@ -181,6 +198,10 @@ class Objective(loop.Objective):
             alone = (batch.table[batch.noisy] < 0).all(1)
             told["alone"] = errors.detach()[alone].mean() if alone.any() else torch.zeros(())
             told["guided"] = errors.detach()[~alone].mean()
+        if options.indifference and not still and (recall or options.splices):
+            lent = self.lent(flow, batch) if batch.twins else torch.zeros(())
+            told["lent"] = lent.detach()
+            loss = loss + options.indifference * lent
         if options.probe:
             answers = loop.cast_call(self.probe, self.context.dtype, features[batch.noisy])
             told["probe"] = probe_loss(answers, batch.labels[batch.noisy], batch.places[batch.noisy])
@@ -190,42 +211,46 @@ class Objective(loop.Objective):
 
     # what is looked at
 
+    @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Flow error on held-out returns, on entity cells at high noise: with the right memory, none, and a wrong one."""
+        """Look at held-out returns, on entity cells at high noise, beside a chunk of the right memory, none, a wrong one
+        (strangers in another scene) or the past alone. `return_*` is the flow error with each, `recalled`, `lent` and
+        `lent_past` are what the right memory, the wrong one and the past change of the prediction with none (mean squares):
+        the first is wanted, the others are not."""
         if not self.held_out:
             self.held_out = [self.make(HELD_OUT + i) for i in range(8)]
-        results: dict[str, list[Tensor]] = {"right": [], "none": [], "wrong": [], "past": []}
+        found: dict[str, list[Tensor]] = {}
         random = torch.Generator().manual_seed(0)
-        for number, item in enumerate(self.held_out):
-            other = self.held_out[number - 1]
-            for start in item.starts[1:]:
-                seen_before = set().union(*item.visible[:start])
-                back = sorted(item.visible[start] & seen_before - item.visible[start - 1])
-                if not back:
+        for item in self.held_out:
+            for start, entity in returns_in(item, 1):
+                mask = item.cells[entity, start * 3 : start * 3 + 3].flatten()
+                far = next(k for k in range(start) if entity in item.visible[k])
+                wrong = stranger([(item, 3 * far), (item, 3 * start)], self.held_out, random)
+                if not mask.any() or not wrong:
                     continue
-                far = next(k for k in range(start) if back[0] in item.visible[k])
-                wrong = min(far, other.chunks - 1)
-                chunks = [item.latents[k * 3 : k * 3 + 3] for k in (far, start)]
-                for name in results:
-                    source = other.latents[wrong * 3 : wrong * 3 + 3] if name == "wrong" else chunks[0]
-                    prompt = other.prompts[wrong] if name == "wrong" else item.prompts[far]
-                    if name == "past":
-                        source, prompt = item.latents[start * 3 - 3 : start * 3], item.prompts[start - 1]
-                    mask = item.cells[back[0], start * 3 : start * 3 + 3].flatten()
-                    batch = Batch(
-                        torch.stack((source, chunks[1])),
-                        torch.stack((torch.arange(-12, -9), torch.arange(3))),
-                        torch.tensor([0.1, float(self.clips.schedule.warp(torch.tensor(0.75)))]),
-                        torch.tensor([[-1], [-1 if name == "none" else 0]]),
-                        torch.zeros(2, mask.numel(), dtype=torch.bool),
-                        torch.ones(2, mask.numel()),
-                        [prompt, item.prompts[start]],
-                        torch.tensor([False, True]),
-                    )
-                    noise = torch.randn(batch.latents.shape, generator=random)
-                    with torch.no_grad():
-                        results[name].append(self.errors(batch, noise)[0][1][mask].mean())
-        return {f"return_{name}": float(torch.stack(values).mean()) for name, values in results.items() if values}
+                sources = {"right": (item, far), "wrong": (wrong[0], wrong[1] // 3), "past": (item, start - 1)}
+                names = (*sources, "none")
+                chunks = [*sources.values(), *[(item, start)] * len(names)]
+                noisy = torch.arange(len(chunks)) >= len(sources)
+                batch = Batch(
+                    torch.stack([of.latents[k * 3 : k * 3 + 3] for of, k in chunks]),
+                    torch.where(noisy, 0, -12)[:, None] + torch.arange(3),
+                    torch.where(noisy, self.clips.levels.schedule.warp(torch.tensor(0.75)), 0.1),
+                    torch.tensor([-1] * len(sources) + [*range(len(sources)), -1])[:, None],
+                    torch.zeros(len(chunks), mask.numel(), dtype=torch.bool),
+                    torch.ones(len(chunks), mask.numel()),
+                    [of.prompts[k] for of, k in chunks],
+                    noisy,
+                )
+                noise = torch.randn(batch.latents[:1].shape, generator=random).expand_as(batch.latents)
+                flow = self.predict(batch, noise)[0].float()
+                errors = self.per_token(flow - (noise - batch.latents))
+                changes = self.per_token(flow - flow[-1])
+                for row, name in enumerate(names, len(sources)):
+                    found.setdefault(f"return_{name}", []).append(errors[row][mask].mean())
+                for row, name in enumerate(("recalled", "lent", "lent_past"), len(sources)):
+                    found.setdefault(name, []).append(changes[row][mask].mean())
+        return {name: float(torch.stack(values).mean()) for name, values in found.items()}
 
     def sample(self, step: int, folder: Path) -> None:
         """Stream two short scripts from their text alone, and write their filmstrips."""

@@ -40,6 +40,7 @@ class Encoded:
     starts: list[int]  # chunks at which a shot begins, 0 included
     cuts: list[int]  # chunks at which another scene begins, with everybody in place
     scenes: list[str]  # of every chunk
+    names: frozenset[tuple[str, str]]  # of everybody, as prompts have them: (colour, kind)
 
     @property
     def chunks(self) -> int:
@@ -78,6 +79,7 @@ def encode(narrative: Narrative, codec: Codec, frames_per_chunk: int = 3, patch:
         [k for k in range(chunks) if k == 0 or prompts[k] != prompts[k - 1]],
         narrative.cuts,
         [narrative.shot(k).spec.scene for k in range(chunks)],
+        frozenset(entity.identity for entity in narrative.entities),
     )
 
 
