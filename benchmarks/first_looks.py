@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="Euler steps (default: each model's own steps)")
     parser.add_argument("--streams", type=int, default=24, help="of four strangers each")
     given = parser.parse_args()
-    return status_of(lambda: run(given))
+    return status_of(lambda: run(given), keeps=False)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memories", default="sink,slots:evict=relevance,slots:evict=redundancy")
     parser.add_argument("--scripts", type=int, default=32)
     parser.add_argument("--threads", type=int)
-    return status_of(lambda: run(parser.parse_args(arguments)))
+    return status_of(lambda: run(parser.parse_args(arguments)), keeps=False)
 
 
 if __name__ == "__main__":

@@ -229,14 +229,16 @@ def test_splices_go_over_to_strangers_and_their_twins_see_none_of_the_old_cast(o
     assert old_cast_seen > 20 and alone > 5
 
 
-def test_twins_are_the_same_picture_from_the_same_noise_level(objective, strangers):
+def test_twins_are_the_same_picture_under_the_same_prompt_from_the_same_noise_level(objective, strangers):
     spliced = with_options(objective, splices=1.0).clips
     batches = [objective.single.recalls(strangers, 90, random())]
     batches += [spliced.batch([strangers[seed]], random(seed), strangers) for seed in range(8)]
     assert sum(bool(batch.twins) for batch in batches) > 4
+    assert any("" in batch.prompts for batch in batches)
     for batch in batches:
         for beside, without in batch.twins:
             assert torch.equal(batch.latents[beside], batch.latents[without])
+            assert batch.prompts[beside] == batch.prompts[without] != ""
             assert batch.sigma[beside] == batch.sigma[without] and batch.noisy[[beside, without]].all()
 
 

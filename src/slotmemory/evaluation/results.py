@@ -58,14 +58,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def status_of(work: Callable[[], None]) -> int:
-    """Do the work of a benchmark that keeps its results -> exit status; one line for bad input, and one if it is stopped."""
+def status_of(work: Callable[[], None], keeps: bool = True) -> int:
+    """Do the work of a benchmark -> exit status; one line for bad input, and one if it is stopped. keeps: its results."""
     try:
         work()
     except InputError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command goes on from here\n")
+        sys.stderr.write(f"stopped; the same command {'goes on from here' if keeps else 'starts again'}\n")
         return 130
     return 0

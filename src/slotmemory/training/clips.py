@@ -127,9 +127,10 @@ class Levels:
         noised = torch.rand(count, generator=random) < self.options.noised
         return torch.rand(count, generator=random) * self.options.context_noise * noised
 
-    def without_text(self, prompts: list[str], random: torch.Generator) -> list[str]:
-        """Empty a share of the prompts."""
+    def without_text(self, prompts: list[str], twins: Sequence[tuple[int, int]], random: torch.Generator) -> list[str]:
+        """Empty a share of the prompts, but those of twins: what nobody has named may be anybody who is in sight."""
         drop = torch.rand(len(prompts), generator=random) < self.options.no_text
+        drop[[row for pair in twins for row in pair]] = False
         return ["" if gone else prompt for prompt, gone in zip(prompts, drop.tolist())]
 
 
@@ -307,7 +308,7 @@ class Clips:
             columns_in_use(torch.tensor(table)),
             torch.stack(hidden),
             torch.stack(weight),
-            self.levels.without_text(prompts, random),
+            self.levels.without_text(prompts, twins, random),
             (torch.arange(per_clip) >= DISTANT + clean).repeat(len(items)),
             torch.stack(labels),
             torch.stack(places),

@@ -116,7 +116,7 @@ class SingleFrames:
             table,
             hidden,
             1.0 + (self.options.entity_weight - 1.0) * cells.float(),
-            self.levels.without_text([item.prompts[f // 3] for item, f in picked], random),
+            self.levels.without_text([item.prompts[f // 3] for item, f in picked], twins, random),
             noisy,
             torch.stack([item.labels[f] for item, f in picked]),
             torch.stack([item.places[f] for item, f in picked]),
