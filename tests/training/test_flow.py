@@ -182,15 +182,14 @@ def names_seen_by(batch, row):
 
 
 def test_recalls_show_a_frame_beside_its_own_with_strangers_and_without(objective, strangers):
-    group = single_frames.GROUP
-    batch = objective.single.recalls(strangers, 40 * group, random())
-    clean = torch.arange(40 * group) % group < single_frames.CLEAN
-    assert batch.latents.shape[:2] == (40 * group, 1) and torch.equal(batch.noisy, ~clean)
+    batch = objective.single.recalls(strangers, 40 * single_frames.GROUP, random())
+    clean = ~batch.noisy
+    assert batch.latents.shape[1] == 1 and 30 * single_frames.GROUP < len(clean) <= 40 * single_frames.GROUP
     assert (batch.frames[clean] < 0).all() and (batch.frames[~clean] == 0).all()
     assert (batch.sigma[clean] <= objective.options.context_noise).all()
     assert (batch.table[clean] < 0).all() and not batch.hidden[~clean].any()
     assert {bool(h.any()) for h in batch.hidden[clean]} == {True, False}, "of some, only the entity shows"
-    assert len(batch.twins) == 40 * len(single_frames.SEEN)
+    assert sorted(row for pair in batch.twins for row in pair) == batch.noisy.nonzero()[:, 0].tolist()
     recalled = new = 0
     for beside, without in batch.twins:
         asked = names_in(batch, beside)
@@ -265,6 +264,16 @@ def test_indifference_moves_predictions_beside_strangers_towards_those_without_t
     told = wary.loss(0, 0, random())[1]
     assert set(told) == {"recall", "entity", "lent"}
     assert "lent" not in with_options(objective, recalls=1.0).loss(0, 0, random())[1]
+
+
+def test_twins_are_predicted_from_the_same_noise(objective, monkeypatch):
+    recall, given = with_options(objective, recalls=1.0), []
+    predict = recall.predict
+    monkeypatch.setattr(recall, "predict", lambda batch, noise: given.append((batch, noise)) or predict(batch, noise))
+    recall.loss(0, 0, random())
+    [(batch, noise)] = given
+    assert batch.twins and all(torch.equal(noise[a], noise[b]) for a, b in batch.twins)
+    assert not torch.equal(noise[batch.twins[0][0]], noise[batch.twins[1][0]])
 
 
 def test_validation_says_what_right_and_wrong_memories_change(objective):

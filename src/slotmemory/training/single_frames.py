@@ -20,11 +20,8 @@ HOME = 0.3  # share of strangers that are looked for in the same narrative first
 NEAR = 0.5  # share of groups whose clean frames stand where a window's do
 WINDOW = 9  # latent frames of such a window
 
-# A group: its clean rows, then pairs of noisy rows of the same frame. What the pairs see: with strangers, without.
-OWN, STRANGE, STRANGER = 0, 1, 2
-CLEAN = 3
-SEEN = (((OWN, STRANGE, STRANGER), (OWN,)), ((STRANGE, STRANGER), ()), ((OWN, STRANGE), ()))
-GROUP = CLEAN + 2 * len(SEEN)
+CLEAN, ASKED = 3, 3  # rows of a group: an entity's and two strangers'; pairs of noisy ones
+GROUP = CLEAN + 2 * ASKED
 
 Picked = tuple[Encoded, int]  # a narrative and the number of a latent frame
 
@@ -54,46 +51,46 @@ class SingleFrames:
     def recalls(self, items: Sequence[Encoded], rows: int, random: torch.Generator) -> Batch:
         """Draw groups of single latent frames, about so many rows: clean ones of an entity and of two strangers, and three
         noisy ones, each twice: of the entity beside all of the clean ones (twin: beside its own), of the entity beside
-        strangers (twin: beside nobody), and of somebody else beside the entity and a stranger (twin: beside nobody)."""
+        strangers (twin: beside nobody), and of somebody else beside the entity and a stranger (twin: beside nobody). What
+        cannot be had among the narratives given is left out."""
         peopled = [item for item in items if item.cells.any()]
-        count = max(1, rows // GROUP)
         picked: list[Picked] = []
-        hidden, frames, sees = [], [], []
-        for i in torch.randint(len(peopled), (count,), generator=random).tolist():
+        table: list[list[int]] = []
+        frames, hidden, noisy, twins = [], [], [], []
+        for i in torch.randint(len(peopled), (max(1, rows // GROUP),), generator=random).tolist():
             item = peopled[i]
-            which, own, first, second, third, part, near = torch.rand(7, generator=random).tolist()
+            which, part, near, *draws = torch.rand(6, generator=random).tolist()
             cast = [e for e in range(len(item.cells)) if item.cells[e].any()]
             entity = cast[int(which * len(cast))]
             theirs = item.cells[entity].flatten(1).any(1).nonzero()[:, 0].tolist()
-            seen, *asked = ((item, theirs[int(draw * len(theirs))]) for draw in (own, first, second))
-            strangers = [stranger(asked, peopled, random) for _ in range(CLEAN - 1)]
-            else_asked = stranger([seen, strangers[0] or seen], peopled, random)
-            noisy = [*asked, else_asked or seen]
-            there = {OWN} | {row for row, found in zip((STRANGE, STRANGER), strangers) if found}
-            sees += [
-                [there & set(row) if else_asked or row is not SEEN[-1][0] else set() for row in pair] for pair in SEEN
-            ]
-            strangers = [found or seen for found in strangers]
-            picked += [seen, *strangers, *(frame for frame in noisy for _ in range(2))]
-            around = ~grown(item.cells[entity, seen[1] : seen[1] + 1]).flatten()
-            nothing = torch.zeros_like(around)
-            hidden += [around if part < PARTS else nothing, *[nothing] * (GROUP - 1)]
+            own, first, second = ((item, theirs[int(draw * len(theirs))]) for draw in draws)
+            met = [s for _ in range(CLEAN - 1) if (s := stranger([first, second], peopled, random))]
+            other = stranger([own, *met[:1]], peopled, random)
+
+            row = len(picked)
+            mine, strange = [row], list(range(row + 1, row + 1 + len(met)))
+            asked = [(first, mine + strange, mine), (second, strange, [])]
+            asked += [(other, mine + strange[:1], [])] if other else []
+            picked += [own, *met]
+            table += [[]] * (1 + len(met))
+            for frame, beside, without in asked:
+                twins.append((len(picked), len(picked) + 1))
+                picked += [frame] * 2
+                table += [beside, without]
             reach = WINDOW if near < NEAR else 3 * self.options.far
-            frames += [-1 - torch.randint(reach, (CLEAN,), generator=random), torch.zeros(GROUP - CLEAN).long()]
-        table, twins = [], []
-        for group in range(count):
-            base = group * GROUP
-            table += [[-1] * CLEAN] * CLEAN
-            for number, pair in enumerate(sees[group * len(SEEN) : (group + 1) * len(SEEN)]):
-                first_of_pair = base + CLEAN + 2 * number
-                twins.append((first_of_pair, first_of_pair + 1))
-                table += [[base + row if row in seen_rows else -1 for row in range(CLEAN)] for seen_rows in pair]
-        clean = torch.arange(count * GROUP) % GROUP < CLEAN
-        level = torch.where(clean, self.levels.light(len(clean), random), self.levels.draw(len(clean), random))
-        for with_strangers, without in twins:
-            level[without] = level[with_strangers]
+            away = -1 - torch.randint(reach, (1 + len(met),), generator=random)
+            frames += [away, torch.zeros(2 * len(asked), dtype=torch.long)]
+            noisy += [False] * len(away) + [True] * (2 * len(asked))
+            around = ~grown(item.cells[entity, own[1] : own[1] + 1]).flatten()
+            nothing = torch.zeros_like(around)
+            hidden += [around if part < PARTS else nothing, *[nothing] * (len(picked) - row - 1)]
+        is_noisy = torch.tensor(noisy)
+        sigma = torch.where(is_noisy, self.levels.draw(len(noisy), random), self.levels.light(len(noisy), random))
+        for beside, without in twins:
+            sigma[without] = sigma[beside]
+        padded = torch.tensor([sees + [-1] * (CLEAN - len(sees)) for sees in table])
         return self._batch(
-            picked, torch.cat(frames), level, torch.tensor(table), torch.stack(hidden), ~clean, tuple(twins), random
+            picked, torch.cat(frames), sigma, padded, torch.stack(hidden), is_noisy, tuple(twins), random
         )
 
     def _batch(
