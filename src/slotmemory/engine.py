@@ -162,15 +162,17 @@ class Engine:
         if isinstance(script, Script):
             schedule = script.schedule(self.layout)
             prompts = {schedule.chunks_of(i).start: shot.prompt for i, shot in enumerate(script.shots)}
+            places = [script.place_of(i) for i in range(len(script.shots))]
             chunks = schedule.chunks
             seed = script.seed if seed is None else seed
         else:
             prompts, chunks = ({0: script} if isinstance(script, str) else script), None
-        for chunk, prompt in prompts.items():
+            places = [f"prompt at chunk {chunk}" for chunk in prompts]
+        for place, prompt in zip(places, prompts.values()):
             try:
                 self.text.check(prompt)
             except ValueError as error:
-                raise InputError(f"prompt at chunk {chunk}: {error}") from error
+                raise InputError(f"{place}: {error}") from error
         seeds = [0 if seed is None else seed] if seed is None or isinstance(seed, int) else list(seed)
         return Session(self, prompts, chunks, seeds)
 

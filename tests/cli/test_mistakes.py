@@ -39,9 +39,12 @@ def assert_one_line(done, *expected: str) -> None:
         (f"options: {{width: 640}}\n{SHOTS}", ["width", "this model makes 48x32 pixels", "--scale"]),
         (
             "shots: [{prompt: A red kat walks in the meadow., seconds: 1.5}]",
-            ["unknown word 'kat'", "did you mean cat"],
+            ["bad.yaml:1: shots[1].prompt: unknown word 'kat'", "did you mean cat"],
         ),
-        ("shots: [{prompt: A red cat walks., seconds: 1.5}]", ["names no scene", "meadow, beach"]),
+        (
+            "shots: [{prompt: A red cat walks., seconds: 1.5}]",
+            ["bad.yaml:1: shots[1].prompt", "names no scene", "meadow, beach"],
+        ),
         (
             f"shots: [{CAT.replace('1.5', '1.4')}, {CAT.replace('1.5', '0.05')}, {CAT}]",
             ["shots[2].seconds", "too short"],

@@ -21,11 +21,12 @@ class Lines:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.path = folder, folder / "results.jsonl"
         known = folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != settings:
+        if not known.exists():
+            known.write_text(json.dumps(settings))
+        elif json.loads(known.read_text()) != settings:
             raise InputError(
                 f"{folder} holds results of {known.read_text()}; those asked for are {settings}; use another --out"
             )
-        known.write_text(json.dumps(settings))
         self.lines: list[dict[str, Any]] = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():

@@ -129,7 +129,7 @@ class _Yaml:
                 prompt = values.text(self.scalar(keys["prompt"]), values.MAX_PROMPT, "a prompt")
             with self.at(keys["seconds"], f"{where}.seconds"):
                 seconds = values.duration(self.scalar(keys["seconds"]))
-            shots.append(Shot(prompt, seconds))
+            shots.append(Shot(prompt, seconds, f"{self.name}:{_line(keys['prompt'])}"))
         return tuple(shots)
 
     def mapping(self, node: yaml.Node, where: str, known: tuple[str, ...], what: str) -> dict[str, yaml.Node]:

@@ -19,10 +19,12 @@ from slotmemory.script import values
 
 @dataclass(frozen=True)
 class Shot:
-    """One prompt and how long it is shown; white space in the prompt is normalised."""
+    """One prompt and how long it is shown; white space in the prompt is normalised. place: where the prompt was written, as
+    file:line, for messages."""
 
     prompt: str
     seconds: float
+    place: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         with values.at("prompt"):
@@ -64,6 +66,11 @@ class Script:
 
     def schedule(self, layout: Layout) -> Schedule:
         return Schedule.resolve(self, layout)
+
+    def place_of(self, number: int) -> str:
+        """Name the prompt of a shot (from 0), for messages: with the line it was written on, if it was read from a file."""
+        place = self.shots[number].place
+        return f"{place}: shots[{number + 1}].prompt" if place else f"shots[{number + 1}].prompt"
 
     def to_yaml(self) -> str:
         """Write the script so that `load_script` gives it back unchanged."""
