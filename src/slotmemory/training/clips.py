@@ -108,7 +108,7 @@ def returns_in(item: Encoded, past: int) -> list[tuple[int, int]]:
 
 
 class Levels:
-    """Draws noise levels."""
+    """Draws noise levels, and which prompts are emptied."""
 
     def __init__(self, options: ClipOptions):
         self.options = options
