@@ -214,7 +214,7 @@ class Objective(loop.Objective):
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """Look at held-out returns, on entity cells at high noise, beside a chunk of the right memory, none, a wrong one
-        (strangers in another scene) or the past alone. `return_*` is the flow error with each, `recalled`, `lent` and
+        (`single_frames.stranger`) or the past alone. `return_*` is the flow error with each, `recalled`, `lent` and
         `lent_past` are what the right memory, the wrong one and the past change of the prediction with none (mean squares):
         the first is wanted, the others are not."""
         if not self.held_out:
